@@ -1,0 +1,50 @@
+# Every target installs what it needs into .venv, once. ARGS passes flags on: make serve ARGS="--model DIR --port 8123"
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+ARGS   ?=
+SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
+
+.PHONY: serve test check bench demo clean
+.DELETE_ON_ERROR:
+
+serve: $(VENV)/.installed                ## serve the bundled demo model on 127.0.0.1:8000
+	$(BIN)/moe-serve $(ARGS)
+
+test: $(VENV)/.installed-test $(VENV)/.node  ## every test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-test           ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-test           ## kernel micro-benchmarks; see bench/ for the rest
+	$(BIN)/python -m pytest bench/kernels.py --benchmark-only $(ARGS)
+
+demo: $(VENV)/.installed-test            ## train the demo model again from its seeded recipe (under an hour on 2 cores)
+	$(BIN)/python -m moe_runtime.experts.demo $(ARGS)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Build tools first, then the package without build isolation, so that nothing is downloaded twice
+# and a rebuild after an edit in csrc/ takes seconds.
+$(VENV)/.installed: $(SOURCES) | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt scikit-build-core pybind11 cmake ninja
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable ".[test,check]"
+	@touch $@
+
+# The official Node client is part of the API's proof; without npm its tests say why they are skipped.
+$(VENV)/.node: tests/server/node/package.json tests/server/node/package-lock.json | $(BIN)/python
+	@if command -v npm >/dev/null; then cd tests/server/node && npm ci --silent --no-audit --no-fund; \
+	else echo "npm not found: tests of the Node client will be skipped"; fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build
