@@ -1,7 +1,7 @@
 """What does loading cost? `python bench/load_memory.py DIR`: peak RSS against weight bytes, and seconds.
 
-The model is loaded in a fresh process; its peak (VmHWM) less what the process held after its imports is compared
-with the bytes of the checkpoint's tensors.
+The model is loaded in a fresh process; its peak (VmHWM) less what the process held after its imports is
+compared with the bytes of the checkpoint's tensors.
 """
 
 import argparse
@@ -51,9 +51,7 @@ def main() -> None:
     # Headers are a few kilobytes: file sizes are the tensor bytes to within a thousandth.
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     print(f"{model_type}: weights {weights / 1e9:.3f} GB, loaded in {seconds:.1f} s")
-    print(
-        f"peak RSS {peak / 1e9:.3f} GB = {peak / weights:.3f} of the weights; after loading {resident / 1e9:.3f} GB"
-    )
+    print(f"peak RSS {peak / 1e9:.3f} GB = {peak / weights:.3f} of the weights; then {resident / 1e9:.3f} GB")
     result = {"weight_bytes": weights, "peak_rss_bytes": peak, "ratio": peak / weights, "seconds": seconds}
     print("saved", save("load_memory", {"machine": machine(), **result}))
 
