@@ -1,0 +1,220 @@
+"""Every operation in literal torch: the oracle the fast kernels must equal, and a path that runs anywhere.
+
+Works in the dtype of the activations: float32 in service, float64 when a test wants the truth. Knows
+nothing of packing, threads or speed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from moe_runtime.errors import KernelError
+from moe_runtime.kernels.packed import PackedExperts, PackedLinear, RouterSpec
+
+# --- linear -------------------------------------------------------------------------------------------------
+
+
+def pack_linear(weight: torch.Tensor) -> PackedLinear:
+    """weight [N, K] -> itself, as "rows"."""
+    return pack_linear_heads(weight.unsqueeze(0))
+
+
+def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [M, K] -> x @ weight.T + bias, [M, N]."""
+    return F.linear(x, packed.data[0].to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def pack_linear_heads(weight: torch.Tensor) -> PackedLinear:
+    """weight [heads, N, K] -> itself, as "rows"."""
+    heads, out_features, in_features = weight.shape
+    return PackedLinear(weight.contiguous(), heads, out_features, in_features, weight.dtype, "rows")
+
+
+def linear_heads(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    """x [T, heads, K] -> [T, heads, N], each head through its own weight."""
+    return torch.einsum("thk,hnk->thn", x, packed.data.to(x.dtype))
+
+
+# --- experts ------------------------------------------------------------------------------------------------
+
+
+def new_experts(num_experts: int, hidden: int, intermediate: int, dtype: torch.dtype) -> PackedExperts:
+    """Zeroed home for E experts of [I, H], [I, H], [H, I]."""
+    gate_up = torch.zeros(num_experts, 2, intermediate, hidden, dtype=dtype)
+    down = torch.zeros(num_experts, hidden, intermediate, dtype=dtype)
+    return PackedExperts(gate_up, down, num_experts, hidden, intermediate, dtype, "rows")
+
+
+def pack_expert(experts: PackedExperts, expert_id: int, part: str, weight: torch.Tensor) -> None:
+    """Writes one matrix of one expert in place; gate and up are [I, H], down is [H, I]."""
+    if not 0 <= expert_id < experts.num_experts:
+        raise KernelError(f"pack_expert: expert_id = {expert_id}, expected 0 <= id < {experts.num_experts}")
+    if part not in ("gate", "up", "down"):
+        raise KernelError(f"pack_expert: part = {part!r}, expected 'gate', 'up' or 'down'")
+    home = experts.down[expert_id] if part == "down" else experts.gate_up[expert_id, int(part == "up")]
+    if weight.shape != home.shape or weight.dtype != home.dtype:
+        raise KernelError(
+            f"pack_expert: {part} is {weight.dtype} {list(weight.shape)}, "
+            f"expected {home.dtype} {list(home.shape)}"
+        )
+    home.copy_(weight)
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, elementwise."""
+    return F.silu(gate) * up
+
+
+def fused_moe(
+    x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor, experts: PackedExperts
+) -> torch.Tensor:
+    """x [T, H], ids int32 [T, top_k], weights [T, top_k] -> [T, H].
+
+    out[t] = sum over slots, in slot order, of weight[t, slot] * expert ids[t, slot] of x[t].
+    """
+    num_tokens, top_k = expert_ids.shape
+    slots = x.new_empty(num_tokens, top_k, experts.hidden)
+    for expert_id in expert_ids.unique().tolist():
+        if not 0 <= expert_id < experts.num_experts:
+            raise KernelError(f"fused_moe: expert id {expert_id}, expected 0 <= id < {experts.num_experts}")
+        rows, columns = torch.nonzero(expert_ids == expert_id, as_tuple=True)
+        gate, up = experts.gate_up[expert_id].to(x.dtype)
+        hidden = silu_mul(x[rows] @ gate.T, x[rows] @ up.T)
+        slots[rows, columns] = hidden @ experts.down[expert_id].to(x.dtype).T
+    out = torch.zeros_like(x)
+    for slot in range(top_k):
+        out += expert_weights[:, slot, None].to(x.dtype) * slots[:, slot]
+    return out
+
+
+# --- router -------------------------------------------------------------------------------------------------
+
+
+def route(
+    logits: torch.Tensor, spec: RouterSpec, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [T, E], bias [E] for the choice only -> ids int32 [T, top_k], best first; weights [T, top_k].
+
+    Ids are distinct and in range for any logits; the rules are in RouterSpec.
+    """
+    num_tokens, num_experts = logits.shape
+    spec.check(num_experts)
+    lowest, highest = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
+    finite = logits.double().nan_to_num(nan=lowest, neginf=lowest, posinf=highest).clamp(lowest, highest)
+    scores = finite.softmax(-1) if spec.scoring == "softmax" else finite.sigmoid()
+
+    # The choice is made in float32, so that it can be compared with float32 kernels bit by bit.
+    choice = finite.float() if spec.chooses_by_logit(bias is not None) else scores.float()
+    if bias is not None:
+        choice = choice + bias.float()
+    choice = choice.nan_to_num(nan=lowest, neginf=lowest, posinf=highest)
+    if spec.num_groups > 1:
+        grouped = choice.view(num_tokens, spec.num_groups, -1)
+        best = grouped.sort(dim=-1, descending=True, stable=True).values
+        group_scores = best[..., 0]
+        if spec.group_score == "top2_sum" and best.shape[-1] > 1:
+            group_scores = best[..., 0] + best[..., 1]
+        kept = group_scores.sort(dim=-1, descending=True, stable=True).indices[:, : spec.topk_groups]
+        allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, kept, True)
+        # Below every finite float, so that no expert of another group can win.
+        choice = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).view(num_tokens, num_experts)
+    ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, : spec.top_k]
+
+    if spec.softmax_after_topk:
+        weights = finite.gather(1, ids).softmax(-1)
+    else:
+        weights = scores.gather(1, ids)
+        if spec.norm_topk_prob:
+            total = weights.sum(-1, keepdim=True) + spec.norm_epsilon
+            weights = weights / torch.where(total > 0, total, 1.0)
+    return ids.int(), (weights * spec.routed_scaling).to(logits.dtype)
+
+
+# --- norms and positions ------------------------------------------------------------------------------------
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., D] / sqrt(mean(x^2) + eps) * weight [D]."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> (rms_norm(x + residual), x + residual)."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def rope(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    interleaved: bool,
+    offset: int = 0,
+) -> torch.Tensor:
+    """Rotates dims [offset, offset + R) of x [T, heads, D] in place and returns x.
+
+    cos and sin are [P, R/2]. Pairs are (i, i + R/2), or (2i, 2i + 1) when interleaved; they stay in place.
+    """
+    half = cos.shape[1]
+    turned = x[..., offset : offset + 2 * half]
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = turned[..., :half], turned[..., half:]
+    c = cos[positions.long()].unsqueeze(1).to(x.dtype)
+    s = sin[positions.long()].unsqueeze(1).to(x.dtype)
+    rotated_first, rotated_second = first * c - second * s, second * c + first * s
+    first.copy_(rotated_first)
+    second.copy_(rotated_second)
+    return x
+
+
+# --- paged attention ----------------------------------------------------------------------------------------
+
+
+def write_cache(cache: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+    """cache [num_blocks, heads, block_size, D] <- values [T, heads, D], one row per token.
+
+    slots [T] int64: slot = block_id * block_size + offset in the block.
+    """
+    block_size = cache.shape[2]
+    if slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) < cache.shape[0] * block_size:
+        raise KernelError(
+            f"write_cache: slots out of range, expected 0 <= slot < {cache.shape[0] * block_size}"
+        )
+    cache[slots // block_size, :, slots % block_size] = values.to(cache.dtype)
+
+
+def attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
+    positions: torch.Tensor,
+    sequence_rows: torch.Tensor,
+    block_tables: torch.Tensor,
+    scale: float,
+    v_dim: int | None = None,
+) -> torch.Tensor:
+    """q [T, Hq, Dk] against the paged cache -> [T, Hq, Dv].
+
+    k_cache is [B, Hkv, block_size, Dk], v_cache [B, Hkv, block_size, Dv]. v_cache None means that the values
+    are the first ``v_dim`` columns of k_cache (MLA). Token t attends to positions 0..positions[t] of the
+    sequence whose blocks are block_tables[sequence_rows[t]]. Query head h reads key head h // (Hq / Hkv).
+    """
+    values = k_cache[..., :v_dim] if v_cache is None else v_cache
+    num_tokens, num_heads, _ = q.shape
+    kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
+    out = q.new_empty(num_tokens, num_heads, values.shape[-1])
+    for token in range(num_tokens):
+        length = int(positions[token]) + 1
+        blocks = block_tables[int(sequence_rows[token]), : -(-length // block_size)].long()
+        k = k_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length].to(q.dtype)  # [Hkv, length, Dk]
+        v = values[blocks].transpose(0, 1).flatten(1, 2)[:, :length].to(q.dtype)
+        heads = q[token].view(kv_heads, num_heads // kv_heads, -1)
+        probabilities = (heads @ k.transpose(1, 2) * scale).softmax(-1)
+        out[token] = (probabilities @ v).view(num_heads, -1)
+    return out
