@@ -1,0 +1,57 @@
+"""The engine's options, each stated once: default, limits, help. ``cli.py`` derives the flags from here.
+
+This file knows neither argparse nor torch.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moe_runtime.errors import ConfigError
+
+DEFAULT_CACHE_BYTES = 1 << 30
+
+
+def option(default: Any, help: str, *, unit: Literal["", "bytes"] = "") -> Any:
+    """A dataclass field that is also a command line flag. ``unit="bytes"`` lets users write ``2GiB``."""
+    return dataclasses.field(default=default, metadata={"help": help, "unit": unit})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How much the engine takes on at once. Raises ConfigError naming the flag that is wrong."""
+
+    max_context: int | None = option(
+        None, "longest prompt plus answer, in tokens (default: the model's own, as far as the cache holds it)"
+    )
+    max_batch_tokens: int = option(
+        512, "tokens computed per step; longer prompts are taken in chunks of this"
+    )
+    max_running: int = option(64, "sequences that hold cache blocks at the same time")
+    max_queue: int = option(512, "sequences that may wait for a place; more are refused with status 429")
+    block_size: int = option(16, "tokens per cache block, a power of two")
+    cache_bytes: int = option(
+        DEFAULT_CACHE_BYTES, "memory for keys and values of all sequences, for example 2GiB", unit="bytes"
+    )
+    num_blocks: int | None = option(None, "number of cache blocks, instead of --cache-bytes")
+    prefix_caching: bool = option(True, "reuse the cache blocks of equal prompt beginnings")
+    backend: Literal["auto", "cpu", "reference"] = option(
+        "auto", "kernels to compute with; reference is literal torch, slow"
+    )
+    threads: int | None = option(None, "threads of the kernels (default: the CPUs this process may use)")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "max_context", "max_batch_tokens", "max_running", "max_queue", "cache_bytes")
+        check_positive(self, "block_size", "num_blocks", "threads")
+        if self.block_size & (self.block_size - 1):
+            raise ConfigError(f"--block-size {self.block_size}: must be a power of two")
+        if self.backend not in ("auto", "cpu", "reference"):
+            raise ConfigError(f"--backend {self.backend!r}: must be auto, cpu or reference")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Refuse values below 1 in the named fields; None means "not given" and passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
