@@ -1,0 +1,75 @@
+"""The README's shell lines, typed as written, against a server that serves the bundled demo model."""
+
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ADDRESS = "127.0.0.1:8000"
+
+
+def _curl_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    joined = "\n".join(blocks).replace("\\\n", " ")
+    return [line for line in joined.splitlines() if line.startswith("curl ")]
+
+
+def _python_block() -> str:
+    return next(
+        block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "OpenAI(" in block
+    )
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moe_runtime.server", "--port", str(port)]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                break
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.1)
+    yield f"127.0.0.1:{port}"
+    server.terminate()
+    assert server.wait(timeout=30) == 0
+
+
+def test_the_readme_shows_curl_lines() -> None:
+    assert len(_curl_commands()) >= 4
+
+
+@pytest.mark.parametrize("command", _curl_commands())
+def test_each_curl_line_of_the_readme_is_answered(command: str, address: str) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    words = shlex.split(command.replace(ADDRESS, address))
+    answer = subprocess.run(
+        [*words, "--fail-with-body"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert answer.stdout.strip()
+
+
+def test_the_python_example_of_the_readme_prints_an_answer(address: str) -> None:
+    script = _python_block().replace(ADDRESS, address)
+    answer = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "%" in answer.stdout, answer.stdout
