@@ -1,0 +1,198 @@
+"""Safetensors files as a table of tensors, each a view of the mapped file. Trusts nothing it reads.
+
+Every header is checked twice: by the safetensors library, and here, where duplicate keys (which the
+library lets the last win), overlaps, holes and names that look like paths are refused too. Names are never
+used as paths. Knows nothing of models.
+"""
+
+import mmap
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moe_runtime.errors import CheckpointError
+from moe_runtime.hf_config import parse_json, read_json
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_RANK = 8
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,299}")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: ``start`` bytes into ``path``, row-major."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+class Checkpoint:
+    """The tensors of a model folder. Opening reads and checks all headers, no weights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.entries: dict[str, TensorEntry] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
+        files, index = _list_files(folder)
+        for path in files:
+            for entry in read_header(path):
+                other = self.entries.setdefault(entry.name, entry)
+                if other is not entry:
+                    raise CheckpointError(f"also in {other.path.name}", file=path.name, tensor=entry.name)
+        if index is not None:
+            self._compare_with_index(index)
+
+    def _compare_with_index(self, index: dict[str, str]) -> None:
+        for name, file in index.items():
+            if name not in self.entries:
+                raise CheckpointError(f"named by {INDEX_FILE}, but not in the file", file=file, tensor=name)
+            if self.entries[name].path.name != file:
+                where = self.entries[name].path.name
+                raise CheckpointError(f"{INDEX_FILE} says it is in {file}", file=where, tensor=name)
+        for name, entry in self.entries.items():
+            if name not in index:
+                raise CheckpointError(f"not named by {INDEX_FILE}", file=entry.path.name, tensor=name)
+
+    def common_dtype(self) -> str | None:
+        """The float dtype with the most bytes ("bfloat16", "float16", "float32"), for configs that name none."""
+        names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F8_E4M3": "bfloat16"}
+        sizes: Counter[str] = Counter()
+        for entry in self.entries.values():
+            if entry.dtype in names:
+                sizes[names[entry.dtype]] += entry.num_bytes
+        return max(sizes, key=lambda name: sizes[name], default=None)
+
+    def read(self, entry: TensorEntry) -> torch.Tensor:
+        """A view of the mapped file in the stored dtype and shape; valid as long as anybody holds it."""
+        mapped = self._maps.get(entry.path)
+        if mapped is None:
+            with entry.path.open("rb") as file:
+                # Copy-on-write, which torch wants and nobody uses: private pages are only made by writing.
+                mapped = self._maps[entry.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            mapped.madvise(mmap.MADV_SEQUENTIAL)
+        dtype = DTYPES[entry.dtype]
+        if entry.start % dtype.itemsize:  # legal, if unusual
+            raw = torch.frombuffer(mapped, dtype=torch.uint8, count=entry.num_bytes, offset=entry.start)
+            return raw.clone().view(dtype).view(entry.shape)
+        count = entry.num_bytes // dtype.itemsize
+        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
+
+    def drop(self, entry: TensorEntry) -> None:
+        """Give the pages of a tensor back to the system; reading it again would fetch them again."""
+        first = entry.start - entry.start % mmap.PAGESIZE
+        mapped = self._maps.get(entry.path)
+        if mapped is not None:
+            mapped.madvise(mmap.MADV_DONTNEED, first, entry.start + entry.num_bytes - first)
+
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2,
+    "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+
+
+def _list_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The weight files, and the index (tensor name -> file name) when there is one."""
+    if (folder / INDEX_FILE).exists():
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError("weight_map is missing or empty", file=INDEX_FILE)
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not FILE_NAME.fullmatch(file):
+                raise CheckpointError(
+                    f"{str(file)[:80]!r} is not the name of a .safetensors file in this folder",
+                    file=INDEX_FILE,
+                    tensor=name[:80],
+                )
+        files = [folder / file for file in sorted(set(weight_map.values()))]
+        return files, weight_map
+    found = sorted(folder.glob("*.safetensors"))
+    if (folder / SINGLE_FILE) in found:
+        return [folder / SINGLE_FILE], None
+    if len(found) == 1:
+        return found, None
+    if found:
+        raise CheckpointError(
+            f"{len(found)} .safetensors files, but no {INDEX_FILE} says which belong", file=folder.name
+        )
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise CheckpointError(
+            "pickled weights can run code when loaded, so they are not read; convert them to .safetensors",
+            file=pickles[0],
+        )
+    raise CheckpointError(f"no {SINGLE_FILE} and no {INDEX_FILE}", file=folder.name)
+
+
+def read_header(path: Path) -> Iterator[TensorEntry]:
+    """The tensors of one file, checked against each other and the file's size. Raises CheckpointError."""
+    try:
+        with safe_open(path, framework="pt"):  # the library's own checks
+            pass
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise CheckpointError(f"header of {length} bytes in a file of {size}", file=path.name)
+            header = parse_json(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"not a valid safetensors file: {error}", file=path.name) from error
+    if not isinstance(header, dict):
+        raise CheckpointError("the header is not an object", file=path.name)
+    header.pop("__metadata__", None)
+    entries = [_entry(path, 8 + length, name, fields) for name, fields in header.items()]
+    end = 8 + length
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.num_bytes)):
+        if entry.start != end:
+            raise CheckpointError(
+                "overlaps its neighbour or leaves a hole", file=path.name, tensor=entry.name
+            )
+        end += entry.num_bytes
+    if end != size:
+        raise CheckpointError(f"the header describes {end} bytes, the file has {size}", file=path.name)
+    yield from entries
+
+
+def _entry(path: Path, data_start: int, name: str, fields: object) -> TensorEntry:
+    def refuse(message: str) -> CheckpointError:
+        return CheckpointError(message, file=path.name, tensor=ascii(name[:80])[1:-1])
+
+    if not TENSOR_NAME.fullmatch(name) or ".." in name:
+        raise refuse("not a tensor name")
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise refuse("expected exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise refuse(f"unknown dtype {str(dtype)[:40]!r}")
+    if not _counts(shape) or len(shape) > MAX_RANK:
+        raise refuse("shape is not a short list of counts")
+    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise refuse("data_offsets is not [start, end]")
+    num_bytes = ITEM_BYTES[dtype]
+    for dimension in shape:
+        num_bytes *= dimension
+    if offsets[1] - offsets[0] != num_bytes:
+        raise refuse(f"{dtype} {shape} takes {num_bytes} bytes, data_offsets give {offsets[1] - offsets[0]}")
+    return TensorEntry(name, path, dtype, tuple(shape), data_start + offsets[0], num_bytes)
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

@@ -1,0 +1,144 @@
+"""The skeleton all architectures share: embedding, layers of attention and MLP on a residual stream, head.
+
+What differs (which attention, which MLP, what the tensors are called) comes in as arguments from
+``models/<model_type>.py``.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from moe_runtime.batch import Batch
+from moe_runtime.kernels import Kernels
+from moe_runtime.layers.cache import Cache, LayerCache
+from moe_runtime.layers.linear import Embedding, Linear, Rows, TiedHead
+from moe_runtime.layers.norm import RmsNorm
+from moe_runtime.layers.rope import Rotation, build_rotation
+from moe_runtime.layers.slots import Slot
+from moe_runtime.model_config import ModelConfig
+
+
+class AttentionLayer(Protocol):
+    def __call__(
+        self, x: torch.Tensor, batch: Batch, cache: LayerCache, rotation: Rotation
+    ) -> torch.Tensor: ...
+    def slots(self) -> Iterator[Slot]: ...
+    def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> LayerCache: ...
+    @property
+    def cache_floats_per_token(self) -> int: ...
+
+
+class MlpLayer(Protocol):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    def slots(self) -> Iterator[Slot]: ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer: residual += attention(norm(residual)); residual += mlp(norm(residual))."""
+
+    attention_norm: RmsNorm
+    attention: AttentionLayer
+    mlp_norm: RmsNorm
+    mlp: MlpLayer
+
+    def slots(self) -> Iterator[Slot]:
+        for part in (self.attention_norm, self.attention, self.mlp_norm, self.mlp):
+            yield from part.slots()
+
+
+@dataclass(frozen=True)
+class DecoderNames:
+    """Checkpoint names outside the layers; ``layer`` is the prefix of layer i."""
+
+    embedding: str = "model.embed_tokens"
+    layer: str = "model.layers.{}"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+
+
+class Decoder:
+    """A whole model. ``config`` says its shape; ``forward`` maps a batch of tokens to logits."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        config: ModelConfig,
+        blocks: Sequence[Block],
+        names: DecoderNames = DecoderNames(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.config = config
+        self.blocks = tuple(blocks)
+        self._names = names
+        self.embedding = Embedding(names.embedding, config.vocab_size, config.hidden_size)
+        self.norm = RmsNorm(kernels, names.norm, config.hidden_size, config.rms_norm_eps)
+        self.head: TiedHead | Linear
+        if config.tie_word_embeddings:
+            self.head = TiedHead(kernels, self.embedding)
+        else:
+            self.head = Linear(kernels, config.hidden_size, [Rows(names.head, config.vocab_size)])
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: Cache) -> torch.Tensor:
+        """Logits float32 [R, V] of the R rows in ``batch.logit_rows``; fills the cache for all T tokens.
+
+        A row's logits do not depend on the other rows. T = 0 is not a batch.
+        """
+        rows = batch.logit_rows
+        # 1. Tokens to vectors; the residual stream is float32 from here on.
+        residual = self.embedding(batch.token_ids)
+        update: torch.Tensor | None = None
+        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
+            # 2. Each token gathers from its past.
+            normed, residual = block.attention_norm.add(update, residual)
+            update = block.attention(normed, batch, layer_cache, cache.rotation)
+            # 3. After the last layer's attention only the rows we want logits for still matter.
+            if block is self.blocks[-1]:
+                update, residual = update.index_select(0, rows), residual.index_select(0, rows)
+                if not len(rows):
+                    return update.new_empty(0, self.config.vocab_size)
+            # 4. Each token on its own passes through its experts.
+            normed, residual = block.mlp_norm.add(update, residual)
+            update = block.mlp(normed)
+        # 5. Vectors to logits.
+        normed, residual = self.norm.add(update, residual)
+        return self.head(normed)
+
+    def slots(self) -> Iterator[Slot]:
+        """Every tensor the checkpoint must hold, each once."""
+        if isinstance(self.head, Linear):
+            yield from self.embedding.slots()
+        yield from self.head.slots()
+        for block in self.blocks:
+            yield from block.slots()
+        yield from self.norm.slots()
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor without a slot may be there: the layers after the last one, which predict further
+        tokens, and the rotary frequencies that old files carry (they follow from the config)."""
+        if name.endswith(".rotary_emb.inv_freq"):
+            return True
+        match = re.match(re.escape(self._names.layer).replace(r"\{\}", r"(\d{1,6})") + r"\.", name)
+        extra = range(self.config.num_layers, self.config.num_layers + self.config.num_extra_layers)
+        return match is not None and int(match[1]) in extra
+
+    def new_cache(self, num_blocks: int, block_size: int) -> Cache:
+        """A zeroed cache of ``num_blocks`` blocks of ``block_size`` tokens: bfloat16 for bfloat16 weights,
+        else float32.
+        """
+        layers = tuple(
+            block.attention.new_cache(num_blocks, block_size, self._cache_dtype) for block in self.blocks
+        )
+        positions = min(num_blocks * block_size, self.config.max_position_embeddings)
+        return Cache(layers, build_rotation(self.config.rope, positions))
+
+    def cache_bytes_per_block(self, block_size: int) -> int:
+        floats = sum(block.attention.cache_floats_per_token for block in self.blocks)
+        return block_size * floats * self._cache_dtype.itemsize
+
+    @property
+    def _cache_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32

@@ -1,0 +1,146 @@
+"""Gated MLPs and mixtures of them.
+
+T tokens, H hidden, I intermediate, E experts, top_k of them per token.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from moe_runtime.kernels import Kernels, PackedExperts, RouterSpec
+from moe_runtime.layers.linear import Linear, Rows
+from moe_runtime.layers.slots import Slot
+from moe_runtime.model_config import MoeConfig
+
+
+@dataclass(frozen=True)
+class MoeNames:
+    """Checkpoint names below the layer's prefix. An expert's matrices are ``experts``.<id>.<part>.weight."""
+
+    gate: str = "mlp.gate"
+    selection_bias: str = "mlp.gate.e_score_correction_bias"
+    experts: str = "mlp.experts"
+    shared: str = "mlp.shared_experts"
+    shared_gate: str = "mlp.shared_expert_gate"
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+
+
+class ExpertWeights:
+    """The matrices of E gated MLPs in one packed home, allocated when the first of them arrives."""
+
+    def __init__(self, kernels: Kernels, num_experts: int, hidden: int, intermediate: int) -> None:
+        self._kernels = kernels
+        self._shape = (num_experts, hidden, intermediate)
+        self._allocated = False
+        self.packed: PackedExperts
+
+    def slots(self, expert_id: int, prefix: str, parts: tuple[str, str, str]) -> Iterator[Slot]:
+        _, hidden, intermediate = self._shape
+        shapes = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
+        for part, name, shape in zip(("gate", "up", "down"), parts, shapes, strict=True):
+            yield Slot(
+                f"{prefix}.{name}.weight",
+                shape,
+                partial(self._write, expert_id, part),
+            )
+
+    def _write(self, expert_id: int, part: str, weight: torch.Tensor) -> None:
+        if not self._allocated:
+            self.packed = self._kernels.new_experts(*self._shape, weight.dtype)
+            self._allocated = True
+        self._kernels.pack_expert(self.packed, expert_id, part, weight)
+
+
+class DenseMlp:
+    """x [T, H] -> [T, H] through one gated MLP that every token visits: experts with E = 1.
+
+    ``weights`` [T, 1] scales each token's result; None means 1.
+    """
+
+    PARTS = ("gate_proj", "up_proj", "down_proj")
+
+    def __init__(self, kernels: Kernels, hidden: int, intermediate: int, prefix: str) -> None:
+        self._kernels = kernels
+        self._prefix = prefix
+        self.experts = ExpertWeights(kernels, 1, hidden, intermediate)
+
+    def __call__(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        ids = torch.zeros(len(x), 1, dtype=torch.int32)
+        if weights is None:
+            weights = torch.ones(len(x), 1)
+        result: torch.Tensor = self._kernels.fused_moe(x, ids, weights, self.experts.packed)
+        return result
+
+    def slots(self) -> Iterator[Slot]:
+        yield from self.experts.slots(0, self._prefix, self.PARTS)
+
+
+class MoeMlp:
+    """x [T, H] -> [T, H]: the router picks top_k experts per token; their weighted sum, plus the shared
+    expert.
+
+    No token is ever dropped, and a token's result does not depend on the others.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        config: MoeConfig,
+        hidden: int,
+        prefix: str,
+        names: MoeNames = MoeNames(),  # noqa: B008 (frozen)
+    ) -> None:
+        self._kernels = kernels
+        self.config = config
+        self._prefix = prefix
+        self._names = names
+        self.spec = RouterSpec(
+            top_k=config.top_k,
+            scoring=config.scoring,
+            norm_topk_prob=config.norm_topk_prob,
+            num_groups=config.num_groups,
+            topk_groups=config.topk_groups,
+            group_score=config.group_score,
+            routed_scaling=config.routed_scaling,
+            norm_epsilon=1e-20 if config.scoring == "sigmoid" else 0.0,
+        )
+        gate = Rows(f"{prefix}.{names.gate}", config.num_experts)
+        self.router = Linear(kernels, hidden, [gate], any_float=True)
+        self.selection_bias = torch.zeros(config.num_experts) if config.selection_bias else None
+        self.experts = ExpertWeights(kernels, config.num_experts, hidden, config.intermediate_size)
+        self.shared: DenseMlp | None = None
+        self.shared_gate: Linear | None = None
+        if config.shared_intermediate_size:
+            self.shared = DenseMlp(
+                kernels, hidden, config.shared_intermediate_size, f"{prefix}.{names.shared}"
+            )
+        if config.shared_gate:
+            self.shared_gate = Linear(
+                kernels, hidden, [Rows(f"{prefix}.{names.shared_gate}", 1)], any_float=True
+            )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        # 1. Which experts, with which weights: ids int32 [T, top_k], weights float32 [T, top_k].
+        expert_ids, weights = self._kernels.route(self.router(x), self.spec, self.selection_bias)
+        # 2. Their weighted sum.
+        mixed: torch.Tensor = self._kernels.fused_moe(x, expert_ids, weights, self.experts.packed)
+        # 3. The expert that everyone visits.
+        if self.shared is not None:
+            gate = None if self.shared_gate is None else self.shared_gate(x).sigmoid_()
+            mixed += self.shared(x, gate)
+        return mixed
+
+    def slots(self) -> Iterator[Slot]:
+        yield from self.router.slots()
+        if self.selection_bias is not None:
+            name = f"{self._prefix}.{self._names.selection_bias}"
+            yield Slot(name, (self.config.num_experts,), self.selection_bias.copy_, any_float=True)
+        for expert_id in range(self.config.num_experts):
+            prefix = f"{self._prefix}.{self._names.experts}.{expert_id}"
+            yield from self.experts.slots(expert_id, prefix, self._names.parts)
+        if self.shared is not None:
+            yield from self.shared.slots()
+        if self.shared_gate is not None:
+            yield from self.shared_gate.slots()

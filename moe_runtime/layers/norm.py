@@ -1,0 +1,36 @@
+"""RMS norm, alone and fused with the addition to the residual stream."""
+
+from collections.abc import Iterator
+
+import torch
+
+from moe_runtime.kernels import Kernels
+from moe_runtime.layers.slots import Slot
+
+
+class RmsNorm:
+    """x / rms(x) * weight over the last dimension, float32."""
+
+    def __init__(self, kernels: Kernels, name: str, size: int, eps: float) -> None:
+        self._kernels = kernels
+        self._name = name
+        self._eps = eps
+        self.weight = torch.ones(size)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self._kernels.rms_norm(x, self.weight, self._eps)
+        return result
+
+    def add(self, update: torch.Tensor | None, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(residual + update), residual + update), both [T, H]; no update leaves the residual alone."""
+        if update is None:
+            return self(residual), residual
+        result: tuple[torch.Tensor, torch.Tensor]
+        result = self._kernels.add_rms_norm(update, residual, self.weight, self._eps)
+        return result
+
+    def slots(self) -> Iterator[Slot]:
+        yield Slot(f"{self._name}.weight", tuple(self.weight.shape), self._write, any_float=True)
+
+    def _write(self, weight: torch.Tensor) -> None:
+        self.weight.copy_(weight)
