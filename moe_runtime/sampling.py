@@ -161,7 +161,7 @@ def draw(row: Row, fraction: float) -> int:
 
 def log_softmax(logits: Logits) -> Row:
     """log_softmax over the last axis in float64, of logits nothing has touched: what logprobs report."""
-    row = logits.astype(np.float64)
+    row: Row = logits.astype(np.float64)
     row -= row.max(axis=-1, keepdims=True)
     row -= np.log(np.exp(row).sum(axis=-1, keepdims=True))
     return row
