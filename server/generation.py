@@ -1,0 +1,213 @@
+"""From a checked body to the engine and back: admission, then one stream of events for all prompts.
+
+Everything that can be wrong with a request is found in ``prepare`` and ``Generation``, before the response
+starts.
+"""
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.types import Receive
+
+from moe_runtime.async_engine import RequestStream
+from moe_runtime.engine import TokenEvent
+from moe_runtime.errors import EngineStopped, RequestError, RequestFailed
+from moe_runtime.sampling import SamplingParams
+from moe_runtime.server.errors import ClientGone, EdgeError
+from moe_runtime.server.metrics import Metrics
+from moe_runtime.server.request_log import RequestRecord
+from moe_runtime.server.schema import Common
+from moe_runtime.server.service import Service
+
+Result = TypeVar("Result")
+SMALL_BODY_BYTES = 8 * 1024  # below this, parsing and tokenising take less time than a change of thread
+
+
+async def prepare(request: Request, work: Callable[[bytes], Result]) -> Result:
+    """``work(body)`` (parse, check, tokenise), away from the event loop when the body is long."""
+    content_type = request.headers.get("content-type", "").replace(" ", "").lower()
+    if content_type not in ("application/json", "application/json;charset=utf-8"):
+        raise EdgeError(
+            415, "send the body as 'content-type: application/json'", code="unsupported_media_type"
+        )
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise EdgeError(415, "compressed bodies are not accepted", code="unsupported_media_type")
+    body = await request.body()
+    if len(body) <= SMALL_BODY_BYTES:
+        return work(body)
+    return await asyncio.to_thread(work, body)
+
+
+def sampling_params(body: Common, defaults: SamplingParams, **overrides: Any) -> SamplingParams:
+    """The request's parameters over the model's own defaults. Raises RequestError on a value out of range."""
+    names = ("n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
+             "frequency_penalty", "repetition_penalty", "seed", "ignore_eos")  # fmt: skip
+    given: dict[str, Any] = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    if body.logit_bias is not None:
+        given["logit_bias"] = {int(token_id): bias for token_id, bias in body.logit_bias.items()}
+    if body.stop is not None:
+        given["stop"] = tuple(body.stop)
+    if body.stop_token_ids is not None:
+        given["stop_token_ids"] = tuple(body.stop_token_ids)
+    if body.include_stop_str_in_output is not None:
+        given["include_stop"] = body.include_stop_str_in_output
+    return dataclasses.replace(defaults, **given | overrides)
+
+
+class Generation:
+    """The prompts of one HTTP request inside the engine. Close it, and nothing of it runs on."""
+
+    def __init__(
+        self,
+        service: Service,
+        record: RequestRecord,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+    ) -> None:
+        """Submit every prompt or none. Raises RequestError, Overloaded, EngineStopped."""
+        if len(prompts) * params.n > service.config.max_choices:
+            raise RequestError(
+                f"{len(prompts)} prompts times n={params.n} are more than {service.config.max_choices} "
+                "choices (--max-choices)",
+                param="n" if params.n > 1 else "prompt",
+            )
+        self.service = service
+        self.record = record
+        self.num_choices = params.n
+        self.started = time.monotonic()
+        self.open_choices = len(prompts) * params.n
+        self.finish_reasons: list[str] = []
+        self.request_ids = [f"{record.request_id}-{index}" for index in range(len(prompts))]
+        self.cached_tokens: dict[str, int] = {}
+        self.streams: list[RequestStream] = []
+        try:
+            for request_id, prompt in zip(self.request_ids, prompts, strict=True):
+                self.streams.append(service.engine.submit(request_id, prompt, params))
+        except BaseException:
+            self.abort()
+            raise
+        record.prompt_tokens = sum(len(prompt) for prompt in prompts)
+
+    def abort(self) -> None:
+        """Take what is left of this request out of the engine; ended ones are not touched."""
+        for request_id in self.request_ids[: len(self.streams)]:
+            self.service.engine.abort(request_id)
+
+    async def events(self) -> AsyncGenerator[tuple[int, TokenEvent], None]:
+        """(choice of the whole request, event) in order of arrival. Raises RequestFailed, EngineStopped."""
+        clock = _Clock(self.service.metrics, self.started)
+        try:
+            async for index, event in _merge(self.streams):
+                choice = index * self.num_choices + event.choice
+                self._account(event)
+                clock.tick(choice, len(event.token_ids))
+                if event.finish_reason == "error":
+                    raise RequestFailed(event.error or "the model's output was not a number")
+                if event.finish_reason == "abort":
+                    raise EngineStopped(event.error or "the server stopped before the answer was complete")
+                yield choice, event
+                if event.finish_reason is not None:
+                    self.finish_reasons.append(event.finish_reason)
+                    clock.finish(choice)
+                    if len(self.finish_reasons) == self.open_choices:
+                        break
+            self.record.outcome = ",".join(sorted(set(self.finish_reasons)))
+            self.service.metrics.request_prompt_tokens.observe(self.record.prompt_tokens)
+            self.service.metrics.request_generation_tokens.observe(self.record.completion_tokens)
+        finally:
+            self.abort()
+
+    def _account(self, event: TokenEvent) -> None:
+        self.record.completion_tokens += len(event.token_ids)
+        # Later choices of one prompt find it in the cache because of the first one; the client paid for that.
+        self.cached_tokens.setdefault(event.request_id, event.num_cached_tokens)
+        self.record.cached_tokens = sum(self.cached_tokens.values())
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage object, complete once the events have ended."""
+        record = self.record
+        return {
+            "prompt_tokens": record.prompt_tokens,
+            "completion_tokens": record.completion_tokens,
+            "total_tokens": record.prompt_tokens + record.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
+        }
+
+
+class _Clock:
+    """Latencies of one request's choices, into the histograms."""
+
+    def __init__(self, metrics: Metrics, started: float) -> None:
+        self.metrics = metrics
+        self.started = started
+        self.first: dict[int, float] = {}
+        self.last: dict[int, float] = {}
+        self.num_tokens: dict[int, int] = {}
+
+    def tick(self, choice: int, num_tokens: int) -> None:
+        if not num_tokens:
+            return
+        now = time.monotonic()
+        if choice not in self.first:
+            self.first[choice] = now
+            self.metrics.time_to_first_token.observe(now - self.started)
+        else:
+            self.metrics.inter_token_latency.observe((now - self.last[choice]) / num_tokens)
+        self.last[choice] = now
+        self.num_tokens[choice] = self.num_tokens.get(choice, 0) + num_tokens
+
+    def finish(self, choice: int) -> None:
+        self.metrics.request_latency.observe(time.monotonic() - self.started)
+        num_later_tokens = self.num_tokens.get(choice, 0) - 1
+        if num_later_tokens > 0:
+            self.metrics.time_per_output_token.observe(
+                (self.last[choice] - self.first[choice]) / num_later_tokens
+            )
+
+
+async def _merge(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, TokenEvent], None]:
+    """Events of several streams as they come, each with its stream's index."""
+    if len(streams) == 1:
+        async for event in streams[0]:
+            yield 0, event
+        return
+    arrived: asyncio.Queue[tuple[int, TokenEvent] | None] = asyncio.Queue()
+
+    async def pump(index: int, stream: RequestStream) -> None:
+        async for event in stream:
+            arrived.put_nowait((index, event))
+
+    pumps = [asyncio.ensure_future(pump(index, stream)) for index, stream in enumerate(streams)]
+    everything = asyncio.ensure_future(asyncio.gather(*pumps))
+    everything.add_done_callback(lambda _: arrived.put_nowait(None))
+    try:
+        while (item := await arrived.get()) is not None:
+            yield item
+        await everything  # raises what a pump raised
+    finally:
+        everything.cancel()
+        await asyncio.gather(*pumps, everything, return_exceptions=True)
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """``work``'s result; cancels it and raises ClientGone when the client closes the connection first."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
