@@ -1,63 +1,283 @@
-"""AsyncEngine: the engine on its own thread, an asyncio queue per request. (Signatures; body follows.)"""
+"""AsyncEngine: the engine on a thread of its own, and a stream of events per request for asyncio.
+
+The event loop only leaves orders (add, abort) in an inbox and reads streams; every call of the engine but
+``check`` happens on the thread, between steps. Events go back with ``call_soon_threadsafe``, once per step
+and loop. No stream is left waiting: each choice gets a last event, whatever happens to the engine.
+"""
 
 import asyncio
-from collections.abc import Sequence
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
 
 from moe_runtime.engine import Engine
+from moe_runtime.errors import EngineStopped, Overloaded, RequestError
 from moe_runtime.output import EngineStats, TokenEvent
 from moe_runtime.sampling import SamplingParams
 
+LOGGER = logging.getLogger(__name__)
+JOIN_SECONDS = 60.0
+ABORT_SECONDS = 30.0
 
-class RequestStream:
-    """The events of one request, ``async for event in stream``. Closing or cancelling it aborts the request."""
+
+@dataclass(slots=True, eq=False)
+class Route:
+    """Where the events of one request go, and which of its choices have not had their last."""
+
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[TokenEvent]
+    open_choices: set[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Something to do between steps: add a request, or without ``params`` abort it."""
 
     request_id: str
+    prompt_ids: Sequence[int] = ()
+    params: SamplingParams | None = None
+    salt: str = ""
+
+
+class RequestStream:
+    """The events of one request: ``async for event in stream``, until every choice has had its last.
+
+    Leaving early (``aclose``, cancelling the task that waits in ``__anext__``, dropping the stream) aborts
+    the request and frees its blocks. To wait with a time limit, keep the waiting task and use
+    ``asyncio.wait``: ``asyncio.wait_for`` cancels.
+    """
+
+    def __init__(self, owner: "AsyncEngine", request_id: str, route: Route) -> None:
+        self.request_id = request_id
+        self._owner = owner
+        self._events = route.events
+        self._open_choices = set(route.open_choices)
+        self._closed = False
 
     def __aiter__(self) -> "RequestStream":
         return self
 
     async def __anext__(self) -> TokenEvent:
-        raise NotImplementedError
+        if self._closed or not self._open_choices:
+            raise StopAsyncIteration
+        try:
+            event = await self._events.get()
+        except asyncio.CancelledError:
+            self._close()
+            raise
+        if event.finish_reason is not None:
+            self._open_choices.discard(event.choice)
+        return event
 
     async def aclose(self) -> None:
         """Abort the request unless it has ended. Safe to call twice."""
-        raise NotImplementedError
+        self._close()
+
+    async def __aenter__(self) -> "RequestStream":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def __del__(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            if self._open_choices:
+                self._owner.abort(self.request_id)
 
 
 class AsyncEngine:
-    """Runs ``engine.step`` on one thread. All methods but ``submit`` and ``abort`` are for the owner alone."""
+    """Owns the engine from ``start`` to ``stop``. ``submit`` belongs to an event loop, the rest to anyone."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._lock = threading.Condition()  # guards what follows; an RLock, as a finalizer may abort anywhere
+        self._inbox: list[Order] = []
+        self._num_ordered = 0  # choices in the inbox, or taken from it but not yet counted in the stats
+        self._routes: dict[str, Route] = {}
+        self._stats = engine.stats()
+        self._refusal = "the engine has not started"
+        self._stopping = False
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        raise NotImplementedError
+        """Start the thread. Once only."""
+        if self._thread is not None:
+            raise EngineStopped("the engine was started before; make a new AsyncEngine")
+        self._refusal = ""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
 
-    def submit(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> RequestStream:
-        """Queue a request; call from the event loop that will read it.
+    def submit(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, salt: str = ""
+    ) -> RequestStream:
+        """Queue a request; call it in the event loop that will read the stream.
 
-        Raises, before anything is queued: RequestError (as ``Engine.check``), Overloaded, EngineStopped.
+        Raises before anything is queued: RequestError or ContextLengthExceeded as ``Engine.check``,
+        Overloaded when the queue is full, EngineStopped while draining and after.
         """
-        raise NotImplementedError
+        self.engine.check(prompt_ids, params)
+        route = Route(asyncio.get_running_loop(), asyncio.Queue(), set(range(params.n)))
+        with self._lock:
+            if self._refusal:
+                raise EngineStopped(self._refusal)
+            if request_id in self._routes:
+                raise RequestError(f"request id {request_id!r} is in use", param="request_id")
+            self._refuse_overload(params.n)
+            self._routes[request_id] = route
+            self._num_ordered += params.n
+            self._inbox.append(Order(request_id, tuple(prompt_ids), params, salt))
+            self._lock.notify_all()
+        return RequestStream(self, request_id, route)
 
     def abort(self, request_id: str) -> None:
-        """End a request with finish_reason "abort"; unknown or ended ids are ignored."""
-        raise NotImplementedError
+        """End a request with finish_reason "abort" before the next step; ids that are not open are ignored."""
+        with self._lock:
+            if request_id in self._routes:
+                self._inbox.append(Order(request_id))
+                self._lock.notify_all()
 
     async def drain(self, timeout: float) -> bool:
-        """Refuse new requests, wait for the open ones; after ``timeout`` seconds abort them. True if none was."""
-        raise NotImplementedError
+        """Refuse new requests and wait for the open ones; after ``timeout`` seconds abort what is left.
+
+        Returns whether all ended by themselves.
+        """
+        self._refusal = self._refusal or "the engine is draining and takes no new requests"
+        if await asyncio.to_thread(self._wait_until_idle, timeout):
+            return True
+        with self._lock:
+            for request_id in self._routes:
+                self.abort(request_id)
+        await asyncio.to_thread(self._wait_until_idle, ABORT_SECONDS)
+        return False
 
     def stop(self) -> None:
-        """Abort what is open and end the thread."""
-        raise NotImplementedError
+        """Abort what is open and end the thread; waits for the step in progress. Safe to call twice."""
+        with self._lock:
+            self._refusal = "the engine has stopped"
+            self._stopping = True
+            self._lock.notify_all()
+        if self._thread is not None:
+            self._thread.join(JOIN_SECONDS)
 
     def stats(self) -> EngineStats:
-        raise NotImplementedError
+        """The numbers after the last step."""
+        return self._stats
 
     @property
     def is_alive(self) -> bool:
-        raise NotImplementedError
+        """Whether the thread runs; False before ``start``, after ``stop``, and should a bug have ended it."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def num_open(self) -> int:
+        """Requests whose last event has not been sent."""
+        return len(self._routes)
+
+    def _refuse_overload(self, num_choices: int) -> None:
+        stats, config = self._stats, self.engine.config
+        free_places = 0 if stats.num_waiting else config.max_running - stats.num_running
+        waiting = stats.num_waiting + self._num_ordered
+        if waiting + num_choices > config.max_queue + free_places:
+            raise Overloaded(
+                f"{waiting} sequences are waiting and this request needs {num_choices} more, the limit is "
+                f"{config.max_queue}; try again later or raise --max-queue"
+            )
+
+    def _wait_until_idle(self, timeout: float) -> bool:
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._routes or not self.is_alive, timeout)
+
+    # From here on: the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while (orders := self._take_orders()) is not None:
+                self._publish(event for order in orders for event in self._obey(order))
+                if self.engine.has_work():
+                    self._publish(self._step())
+        finally:
+            with self._lock:
+                self._refusal = self._refusal or "the engine has died"
+            self._end_without_engine(list(self._routes))
+
+    def _take_orders(self) -> list[Order] | None:
+        """Wait for something to do; None when it is time to end."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._inbox or self._stopping or self.engine.has_work())
+            orders, self._inbox = self._inbox, []
+            return None if self._stopping else orders
+
+    def _obey(self, order: Order) -> list[TokenEvent]:
+        if order.params is None:
+            return self.engine.abort(order.request_id)
+        try:
+            self.engine.add(order.request_id, order.prompt_ids, order.params, salt=order.salt)
+        except Exception:  # this request only; the log has the story
+            LOGGER.exception("request %s could not be added", order.request_id)
+            self.engine.abort(order.request_id)
+            self._end_without_engine([order.request_id])
+        finally:
+            with self._lock:
+                self._stats = self.engine.stats()
+                self._num_ordered -= order.params.n
+        return []
+
+    def _step(self) -> list[TokenEvent]:
+        try:
+            return self.engine.step()
+        except Exception as error:  # one bad batch must not end the service; the log has the story
+            LOGGER.exception("a step failed")
+            events = self.engine.fail_running(f"the engine failed on this batch: {type(error).__name__}")
+            self._publish(events)
+            # A choice may have ended inside the step that failed, its last event lost.
+            self._end_without_engine([name for name in self._routes if not self.engine.is_open(name)])
+            return []
+
+    def _publish(self, events: Iterable[TokenEvent]) -> None:
+        """Send events to their loops, drop the routes that end, let ``stats`` and ``drain`` see it."""
+        deliveries: dict[asyncio.AbstractEventLoop, list[tuple[Route, TokenEvent]]] = {}
+        with self._lock:
+            for event in events:
+                route = self._routes.get(event.request_id)
+                if route is None:
+                    continue
+                deliveries.setdefault(route.loop, []).append((route, event))
+                if event.finish_reason is not None:
+                    route.open_choices.discard(event.choice)
+                    if not route.open_choices:
+                        del self._routes[event.request_id]
+            self._stats = self.engine.stats()
+            self._lock.notify_all()
+        for loop, batch in deliveries.items():
+            self._send(loop, batch)
+
+    def _send(self, loop: asyncio.AbstractEventLoop, batch: list[tuple[Route, TokenEvent]]) -> None:
+        try:
+            loop.call_soon_threadsafe(_deliver, batch)
+        except RuntimeError:  # the loop was closed: nobody reads any more
+            LOGGER.warning("the event loop of %d events is gone; their requests are aborted", len(batch))
+            for _, event in batch:
+                self.abort(event.request_id)
+
+    def _end_without_engine(self, request_ids: Iterable[str]) -> None:
+        """Last events for requests that the engine knows nothing about (any more)."""
+        reason = "abort" if self._stopping else "error"
+        message = self._refusal or "the engine failed on this request"
+        self._publish(
+            TokenEvent(name, choice, finish_reason=reason, error=message)  # type: ignore[arg-type]
+            for name in request_ids
+            for choice in sorted(self._routes[name].open_choices)
+        )
 
 
-__all__ = ["AsyncEngine", "RequestStream", "asyncio"]
+def _deliver(batch: list[tuple[Route, TokenEvent]]) -> None:
+    for route, event in batch:
+        route.events.put_nowait(event)

@@ -19,7 +19,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moe_runtime.errors import CheckpointError, RequestError
-from moe_runtime.tokenizer import Tokenizer
+from moe_runtime.tokenizer import CONFIG_FILE, Tokenizer, read_tokenizer_config
 
 # What a request may set for the template, beside the messages. Anything else is refused.
 ALLOWED_VARIABLES = frozenset({"tools", "enable_thinking", "thinking"})
@@ -36,10 +36,9 @@ PROBES = (
 class ChatTemplate:
     """A compiled template and the tokenizer its text is meant for."""
 
-    def __init__(self, source: str, tokenizer: Tokenizer, special_names: Mapping[str, str]) -> None:
-        """``special_names`` are ``bos_token`` and so on. Raises CheckpointError unless a probe renders."""
+    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
+        """Raises CheckpointError when ``source`` does not compile, or a simple chat does not render."""
         self._tokenizer = tokenizer
-        self._special_names = dict(special_names)
         controls = sorted(tokenizer.control_tokens, key=len, reverse=True)
         self._control = re.compile("|".join(re.escape(token) for token in controls) or r"(?!)")
         self._guarded = sorted(
@@ -55,13 +54,14 @@ class ChatTemplate:
     @classmethod
     def load(cls, model_dir: Path, tokenizer: Tokenizer) -> "ChatTemplate | None":
         """From ``chat_template.jinja``, else ``chat_template`` of tokenizer_config.json; None without."""
-        config = _read_config(model_dir / "tokenizer_config.json")
         path = model_dir / "chat_template.jinja"
         try:
-            source = path.read_text(encoding="utf-8") if path.exists() else _configured_template(config)
+            source = path.read_text(encoding="utf-8") if path.exists() else None
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"cannot be read: {error}", file=path.name) from error
-        return None if source is None else cls(source, tokenizer, _special_names(config))
+        if source is None:
+            source = _configured_template(read_tokenizer_config(model_dir))
+        return None if source is None else cls(source, tokenizer)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
@@ -115,7 +115,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=[_disguised_message(message, disguise) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                **self._special_names,
+                **self._tokenizer.special_names,
                 **{
                     name: _map_strings(variables.get(name), disguise)
                     for name in {*ALWAYS_DEFINED, *variables}
@@ -225,37 +225,14 @@ def _undo(stand_ins: Mapping[str, str], text: str) -> str:
     return text.translate({ord(private): character for character, private in stand_ins.items()})
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot be read: {error}", file=path.name) from error
-    if not isinstance(config, dict):
-        raise CheckpointError("must hold a JSON object", file=path.name)
-    return config
-
-
-def _configured_template(config: Mapping[str, Any]) -> str | None:
+def _configured_template(config: Mapping[str, object]) -> str | None:
     template = config.get("chat_template")
     if isinstance(template, list):  # older folders name several
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
         if template is None:
             message = f"chat_template has no template named 'default', only {sorted(map(str, named))}"
-            raise CheckpointError(message, file="tokenizer_config.json")
+            raise CheckpointError(message, file=CONFIG_FILE)
     if template is not None and not isinstance(template, str):
-        raise CheckpointError("chat_template must be a string or a list", file="tokenizer_config.json")
+        raise CheckpointError("chat_template must be a string or a list", file=CONFIG_FILE)
     return template
-
-
-def _special_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """``bos_token`` and its like: a string, or an object with ``content``."""
-    names: dict[str, str] = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
-        value = config.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            names[name] = value
-    return names

@@ -2,15 +2,19 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tokenizers
 
 from moe_runtime.errors import CheckpointError, RequestError
+from moe_runtime.hf_config import read_json
 
+CONFIG_FILE = "tokenizer_config.json"
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -22,8 +26,11 @@ class Tokenizer:
     families do not call special: text from users must not turn into one of them.
     """
 
-    def __init__(self, description: str) -> None:
-        """``description`` is the text of a tokenizer.json. Raises CheckpointError."""
+    def __init__(self, description: str, special_names: Mapping[str, str] = NO_NAMES) -> None:
+        """``description`` is the text of a tokenizer.json; ``special_names`` are ``bos_token`` and its like.
+
+        Raises CheckpointError.
+        """
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_str(description)
             self._description: dict[str, Any] = json.loads(description)
@@ -37,16 +44,14 @@ class Tokenizer:
             token.content: token_id for token_id, token in sorted(added.items()) if _is_control(token)
         }
         self.control_ids = frozenset(self.control_tokens.values())
+        self.special_names = dict(special_names)
+        self.eos_id: int | None = self._tokenizer.token_to_id(self.special_names.get("eos_token", ""))
         self.byte_level = _decoder_types(self._description) == ["ByteLevel"]
 
     @classmethod
     def load(cls, model_dir: Path) -> "Tokenizer":
-        """Read ``model_dir/tokenizer.json``. Raises CheckpointError."""
-        path = model_dir / "tokenizer.json"
-        try:
-            return cls(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"cannot be read: {error}", file="tokenizer.json") from error
+        """From ``tokenizer.json`` and, if there, ``tokenizer_config.json``. Raises CheckpointError."""
+        return cls(_read(model_dir / "tokenizer.json"), _special_names(read_tokenizer_config(model_dir)))
 
     @property
     def vocab_size(self) -> int:
@@ -129,6 +134,30 @@ class Tokenizer:
         ]
         others = [byte for byte in range(256) if byte not in printable]
         return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def read_tokenizer_config(model_dir: Path) -> dict[str, object]:
+    """``tokenizer_config.json`` as it is, empty when there is none. Raises CheckpointError."""
+    path = model_dir / CONFIG_FILE
+    return read_json(path) if path.exists() else {}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot be read: {error}", file=path.name) from error
+
+
+def _special_names(config: Mapping[str, object]) -> dict[str, str]:
+    """``bos_token`` and its like: a string, or an object with ``content``."""
+    names: dict[str, str] = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
+        value = config.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            names[name] = value
+    return names
 
 
 def _is_control(token: Any) -> bool:

@@ -1,0 +1,176 @@
+"""Generation: one choice of one request, from admission to its last event. Knows no batch and no model."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_runtime.detokenizer import StopStrings, detokenizer_for
+from moe_runtime.output import FinishReason, TokenEvent, TokenLogprob, TopLogprob
+from moe_runtime.sampling import (
+    History,
+    Logits,
+    SamplingParams,
+    best_tokens,
+    check_finite,
+    log_softmax,
+    sample,
+)
+from moe_runtime.scheduler import Chunk
+from moe_runtime.sequence import Sequence
+from moe_runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The outcome of the last row of logits: a token, unless only the prompt was asked about."""
+
+    token_id: int | None
+    logprob: TokenLogprob | None = None
+
+
+class Generation:
+    """``look`` at each chunk's logits, then ``advance`` by what was sampled; the events tell the rest."""
+
+    def __init__(
+        self,
+        request_id: str,
+        choice: int,
+        sequence: Sequence,
+        params: SamplingParams,
+        seed: int,
+        tokenizer: Tokenizer,
+        end_ids: Collection[int],
+    ) -> None:
+        self.request_id = request_id
+        self.choice = choice
+        self.sequence = sequence
+        self.finished = False
+        self._params = params
+        self._seed = seed
+        self._tokenizer = tokenizer
+        self._end_ids = frozenset() if params.ignore_eos else frozenset(end_ids)
+        self._detokenizer = detokenizer_for(tokenizer, sequence.token_ids)
+        self._stops = StopStrings(params.stop, include_stop=params.include_stop)
+        self._max_tokens = sequence.max_total - sequence.num_prompt
+        self._num_tokens = 0
+        self._prompt_logprobs: list[TokenLogprob | None] | None = None
+        if params.prompt_logprobs is not None and choice == 0:
+            self._prompt_logprobs = [None]
+
+    def look(self, chunk: Chunk, logits: Logits) -> Sampled | None:
+        """Use the logits (rows, V) of positions ``chunk.logit_start`` onwards; None while no token is due.
+
+        Raises RequestFailed when they are not finite. Sampling changes nothing here: see ``advance``.
+        """
+        self._look_at_prompt(chunk, logits)
+        if not chunk.samples:
+            return None
+        row = logits[-1]
+        if self._max_tokens == 0:
+            check_finite(row)
+            return Sampled(None)
+        token_id = sample(row, self._params, self._history(), self._seed, self.choice)
+        if self._params.logprobs is None:
+            return Sampled(token_id)
+        return Sampled(token_id, self._logprob(row, token_id, self._params.logprobs))
+
+    def advance(self, sampled: Sampled) -> TokenEvent:
+        """The event of one sampled token, whether or not it is the last."""
+        token_id = sampled.token_id
+        if token_id is None:
+            return self.end("length")
+        self._num_tokens += 1
+        reason, stop_reason, text = self._read(token_id)
+        return self._event(
+            text=text,
+            token_ids=(token_id,),
+            logprobs=None if sampled.logprob is None else (sampled.logprob,),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+        )
+
+    def end(self, reason: FinishReason, error: str | None = None) -> TokenEvent:
+        """The last event of a choice that ends without a token of its own."""
+        return self._event(finish_reason=reason, error=error)
+
+    def _look_at_prompt(self, chunk: Chunk, logits: Logits) -> None:
+        if self._prompt_logprobs is None or self._params.prompt_logprobs is None:
+            return
+        known = self.sequence.prompt_ids
+        for position, row in enumerate(logits, start=chunk.logit_start):
+            if position + 1 < len(known):
+                check_finite(row)
+                count = self._params.prompt_logprobs
+                self._prompt_logprobs.append(self._logprob(row, known[position + 1], count))
+
+    def _history(self) -> History:
+        banned = self._end_ids | frozenset(self._params.stop_token_ids)
+        early = self._num_tokens < self._params.min_tokens
+        return History(self.sequence.prompt_ids, self.sequence.output_ids, banned if early else ())
+
+    def _logprob(self, row: Logits, token_id: int, count: int) -> TokenLogprob:
+        logprobs = log_softmax(row)
+        best = best_tokens(logprobs, count)
+        top = tuple(TopLogprob(i, *self._tokenizer.piece(i), logprob=float(logprobs[i])) for i in best)
+        text, data = self._tokenizer.piece(token_id)
+        return TokenLogprob(token_id, text, data, float(logprobs[token_id]), top)
+
+    def _read(self, token_id: int) -> tuple[FinishReason | None, str | int | None, str]:
+        """(finish reason, stop reason, text to show) once ``token_id`` has been appended."""
+        if self._num_tokens >= self._params.min_tokens:
+            if token_id in self._end_ids:
+                return self._finish("stop", None, "")
+            if token_id in self._params.stop_token_ids:
+                text = self._detokenizer.push(token_id) if self._params.include_stop else ""
+                return self._finish("stop", token_id, text)
+        text = self._detokenizer.push(token_id)
+        if self._num_tokens < self._params.min_tokens:
+            return None, None, text  # too early for a stop string
+        text, stop = self._stops.push(text)
+        if stop is not None:
+            return "stop", stop, text
+        if self._num_tokens >= self._max_tokens:
+            return self._finish("length", None, text)
+        return None, None, text
+
+    def _finish(
+        self, reason: FinishReason, stop_reason: int | None, text: str
+    ) -> tuple[FinishReason, str | int | None, str]:
+        """Let out what was held back: it may still complete a stop string."""
+        rest, stop = self._stops.push(self._detokenizer.finish())
+        if stop is not None:
+            return "stop", stop, text + rest
+        return reason, stop_reason, text + rest + self._stops.finish()
+
+    def _event(
+        self,
+        *,
+        text: str = "",
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] | None = None,
+        finish_reason: FinishReason | None = None,
+        stop_reason: str | int | None = None,
+        error: str | None = None,
+    ) -> TokenEvent:
+        self.finished = finish_reason is not None
+        prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
+        return TokenEvent(
+            request_id=self.request_id,
+            choice=self.choice,
+            text=text,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            error=error,
+            num_prompt_tokens=self.sequence.num_prompt,
+            num_cached_tokens=self.sequence.num_cached,
+            prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
+        )
+
+
+def rows_of(chunks: tuple[Chunk, ...], logits: Logits) -> list[Logits]:
+    """``logits`` (R, V) of a whole step, split into each chunk's own rows."""
+    ends = np.cumsum([chunk.end - chunk.logit_start for chunk in chunks])
+    return np.split(logits, ends[:-1])
