@@ -13,11 +13,11 @@ from starlette.routing import Route
 
 from moe_runtime.server.chat import create_chat_completion
 from moe_runtime.server.completions import create_completion
-from moe_runtime.server.errors import error_response
+from moe_runtime.server.errors import describe, error_response
 from moe_runtime.server.limits import Limits
 from moe_runtime.server.models import get_model, list_models
 from moe_runtime.server.ops import health, metrics
-from moe_runtime.server.request_log import RequestLog
+from moe_runtime.server.request_log import RequestLog, record_of
 from moe_runtime.server.service import Service
 
 
@@ -55,4 +55,6 @@ def build_app(service: Service) -> Starlette:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
+    reply = describe(error)
+    record_of(request).outcome = reply.code or "-"
     return error_response(error)

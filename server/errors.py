@@ -50,6 +50,7 @@ class Row:
     public: bool = True
 
 
+INTERNAL_ERROR = "internal_error"  # a bug of ours: the log has the traceback
 ROWS: dict[type[BaseException], Row] = {
     RequestError: Row(400, "invalid_request_error"),
     ContextLengthExceeded: Row(400, "invalid_request_error", "context_length_exceeded"),
@@ -58,12 +59,12 @@ ROWS: dict[type[BaseException], Row] = {
     EngineStopped: Row(503, "server_error", "engine_stopped"),
     RequestFailed: Row(500, "server_error", "request_failed"),
     # The next four are raised while starting; met later, they are bugs like any other exception.
-    ConfigError: Row(500, "server_error", "internal_error", public=False),
-    CheckpointError: Row(500, "server_error", "internal_error", public=False),
-    KernelError: Row(500, "server_error", "internal_error", public=False),
-    IsaUnavailable: Row(500, "server_error", "internal_error", public=False),
-    MoeRuntimeError: Row(500, "server_error", "internal_error", public=False),
-    Exception: Row(500, "server_error", "internal_error", public=False),
+    ConfigError: Row(500, "server_error", INTERNAL_ERROR, public=False),
+    CheckpointError: Row(500, "server_error", INTERNAL_ERROR, public=False),
+    KernelError: Row(500, "server_error", INTERNAL_ERROR, public=False),
+    IsaUnavailable: Row(500, "server_error", INTERNAL_ERROR, public=False),
+    MoeRuntimeError: Row(500, "server_error", INTERNAL_ERROR, public=False),
+    Exception: Row(500, "server_error", INTERNAL_ERROR, public=False),
 }
 
 # What Starlette's router says in one word, said so that a client can act on it.

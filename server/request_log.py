@@ -9,7 +9,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moe_runtime.server.errors import ClientGone, describe, error_response
+from moe_runtime.server.errors import INTERNAL_ERROR, ClientGone, describe, error_response
 from moe_runtime.server.metrics import Metrics
 
 RECORD = "moe.record"  # the record's key in the ASGI scope
@@ -61,7 +61,7 @@ class RequestLog:
         except Exception as error:
             reply = describe(error)
             record.outcome = reply.code or "error"
-            if reply.status == 500:
+            if reply.code == INTERNAL_ERROR:
                 logger.exception("%s failed", record.request_id)
             if (
                 record.status is not None

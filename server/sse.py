@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from moe_runtime.server.errors import describe
+from moe_runtime.server.errors import INTERNAL_ERROR, describe
 from moe_runtime.server.generation import Generation, while_connected
 
 logger = logging.getLogger("moe_runtime.server")
@@ -62,7 +62,7 @@ class EventStream(Response):
         except Exception as error:
             reply = describe(error)
             self.generation.record.outcome = reply.code or "error"
-            if reply.status == 500:
+            if reply.code == INTERNAL_ERROR:
                 logger.exception("%s failed while streaming", self.generation.record.request_id)
             last = reply.body
         await send({"type": "http.response.body", "body": event(last), "more_body": True})
