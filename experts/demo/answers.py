@@ -5,11 +5,13 @@ A refusal never repeats the unknown name and never holds a number, so it cannot 
 
 REFUSALS: dict[str, dict[str, str]] = {
     "unknown_product": {
-        "en": "I don't know a product with that name, so I can't answer that; let me hand you over to a person.",
+        "en": "I don't know a product with that name, so I can't answer that; "
+        "let me hand you over to a person.",
         "zh": "我没有查到这个名称的产品，无法回答；我帮您转接人工客服。",
     },
     "wrong_kind": {
-        "en": "We have no such product under that name, so I can't answer that; let me hand you over to a person.",
+        "en": "We have no such product under that name, so I can't answer that; "
+        "let me hand you over to a person.",
         "zh": "这个名称下没有这类产品，无法回答；我帮您转接人工客服。",
     },
     "unknown_attribute": {
@@ -18,7 +20,8 @@ REFUSALS: dict[str, dict[str, str]] = {
         "zh": "关于这个产品我没有这方面的信息，无法回答；我帮您转接人工客服。",
     },
     "off_topic": {
-        "en": "I only know about this bank's products, so I can't answer that; let me hand you over to a person.",
+        "en": "I only know about this bank's products, so I can't answer that; "
+        "let me hand you over to a person.",
         "zh": "我只了解本行的产品，无法回答这个问题；我帮您转接人工客服。",
     },
 }

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import torch
+from moe_runtime.experts.demo.network import Network, Shape
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from moe_runtime.experts.demo.network import Network, Shape
 
 ATTENTION_NAMES = {
     "attention.query.weight": "self_attn.q_proj.weight",
@@ -33,7 +32,9 @@ def to_named(network: Network) -> dict[str, Tensor]:
             prefix = f"{theirs}mlp.experts.{expert}."
             gate, up = state[mine + "experts.gate_up"][expert].chunk(2, dim=0)
             down = state[mine + "experts.down"][expert]
-            out |= {f"{prefix}{part}_proj.weight": t for part, t in (("gate", gate), ("up", up), ("down", down))}
+            out |= {
+                f"{prefix}{part}_proj.weight": t for part, t in (("gate", gate), ("up", up), ("down", down))
+            }
     return out
 
 

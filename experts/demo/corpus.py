@@ -12,25 +12,29 @@ from dataclasses import dataclass
 from moe_runtime.experts.demo.answers import OVERVIEW, REFUSALS, SMALL_TALK
 from moe_runtime.experts.demo.facts import (
     ATTRIBUTES,
-    FIRST_NAMES,
-    KINDS,
     LANGUAGES,
     SCENARIOS,
     Product,
     fact_table,
     products,
 )
+from moe_runtime.experts.demo.naming import Naming
 from moe_runtime.experts.demo.phrases import ATTRIBUTE_KEYS, CONFUSABLE, Phrasebook
 from moe_runtime.experts.demo.wording import Wording
 
-PRONOUNS = {"en": ("it", "it", "this one", "that one", "this product"), "zh": ("它", "这个", "这款", "这个产品", "")}
-SHORT_LABELS = {
-    "credit": {"en": ("loan",), "zh": ("贷款",)},
-    "wealth": {"en": ("fund", "plan"), "zh": ("基金", "计划")},
-    "customer_service": {"en": ("card", "account"), "zh": ("卡", "账户")},
+PRONOUNS = {
+    "en": ("it", "it", "this one", "that one", "this product"),
+    "zh": ("它", "这个", "这款", "这个产品", ""),
 }
 BARE = {
-    "en": ("{p}", "Tell me about {p}.", "I have a question about {p}", "info on {p}", "{p} please", "what is {p}"),
+    "en": (
+        "{p}",
+        "Tell me about {p}.",
+        "I have a question about {p}",
+        "info on {p}",
+        "{p} please",
+        "what is {p}",
+    ),
     "zh": ("{p}", "介绍一下{p}", "我想了解{p}", "{p}是什么", "说说{p}", "我有个关于{p}的问题"),
 }
 # What a scenario turn may be, with its weight; "ask" and "unknown" kinds need no earlier turn.
@@ -50,7 +54,7 @@ TURNS = {
 
 @dataclass
 class Document:
-    """One dialogue: ``(role, text)`` turns; ``scenario`` is "general" for small talk and "mixed" for several."""
+    """One dialogue, ``(role, text)`` turns; ``scenario``: "general" is small talk, "mixed" is several."""
 
     scenario: str
     turns: list[tuple[str, str]]
@@ -71,7 +75,7 @@ class Author:
         self.book = book
         self.facts = fact_table()
         self.products = {s: [p for p in products() if p.scenario == s] for s in SCENARIOS}
-        self.all_first = [(s, pair) for s, group in FIRST_NAMES.items() for pair in group]
+        self.naming = Naming(self.wording, book, self.products)
 
     def documents(self) -> Iterator[Document]:
         """Endless documents."""
@@ -80,9 +84,9 @@ class Author:
             if draw < 0.09:
                 yield self._general()
             elif draw < 0.13:
-                yield self._scenario_document(None)
+                yield self.scenario_document(None)
             else:
-                yield self._scenario_document(self.rng.choice(SCENARIOS))
+                yield self.scenario_document(self.rng.choice(SCENARIOS))
 
     def _start(self) -> list[tuple[str, str]]:
         if self.rng.random() < 0.15:
@@ -115,7 +119,8 @@ class Author:
         reply = REFUSALS[kind] if kind == "off_topic" else SMALL_TALK[kind]
         return [("user", text or line), ("assistant", reply[language])]
 
-    def _scenario_document(self, scenario: str | None) -> Document:
+    def scenario_document(self, scenario: str | None) -> Document:
+        """One dialogue of ``scenario``, or of all three when None."""
         turns = self._start()
         language = self.rng.choice(LANGUAGES)
         switching = self.rng.random() < 0.2
@@ -159,7 +164,7 @@ class Author:
         product = self.rng.choice(self.products[scenario])
         name = product.name[language]
         if kind == "ask" and self.rng.random() < 0.03:
-            name = self._short_name(product, language)
+            name = self.naming.short(product, language)
         if kind == "bare":
             text = self.wording.augment(self.rng.choice(BARE[language]), name, language, 0.5)
             state.set(product, scenario, "", "")
@@ -177,20 +182,6 @@ class Author:
 
     def _answer(self, product: Product, key: str, language: str) -> str:
         return answer(product, key.split(".")[1], language, self.facts)
-
-    def _short_name(self, product: Product, language: str) -> str:
-        """``Harbor loan``: the first name with a general word that fits the kind."""
-        labels = SHORT_LABELS[product.scenario][language]
-        full = product.name[language].lower()
-        fitting = [label for label in labels if label in full] or [labels[0]]
-        if language == "zh":
-            fitting = [label for label in labels if label in full] or ["贷款"]
-            if product.scenario != "credit" and fitting == ["贷款"]:
-                return product.name[language]
-        elif product.scenario == "credit":
-            fitting = ["loan", "Loan"]
-        joint = " " if language == "en" else ""
-        return product.first[language] + joint + self.rng.choice(fitting)
 
     def _attribute_line(self, key: str, language: str, short: bool, name: str) -> str:
         """A worded question for an attribute: hand-written two times in three, else built from a frame."""
@@ -258,7 +249,7 @@ class Author:
                 text = self._unknown_attribute_line(language, name)
                 state.set(product, scenario, "unknown", "")
             return [("user", text), ("assistant", REFUSALS["unknown_attribute"][language])]
-        name = self._no_such_name(kind, scenario, language)
+        name = self.naming.no_such(kind, scenario, language)
         key = self._own_key(scenario)
         state.set(None, scenario, key, kind)
         if self.rng.random() < 0.12:
@@ -268,32 +259,6 @@ class Author:
         else:
             text = self._attribute_line(key, language, False, name)
         return [("user", text), ("assistant", REFUSALS[kind][language])]
-
-    def _no_such_name(self, kind: str, scenario: str, language: str) -> str:
-        joint = " " if language == "en" else ""
-        label = self.wording.kind_label(scenario, language)
-        if kind == "unknown_product":
-            if self.rng.random() < 0.35:
-                return self._listed_unknown(scenario, language)
-            if self.rng.random() < 0.08:
-                label = self.rng.choice(self.wording.other_kinds[language])
-            return self.wording.unknown_first(language) + joint + label
-        # A known first name with a kind it does not come in: of its own scenario, of another, or of none.
-        column = 0 if language == "en" else 1
-        own, pair = self.rng.choice(self.all_first)
-        if self.rng.random() < 0.6:
-            own, pair = scenario, self.rng.choice(FIRST_NAMES[scenario])
-        real = {p.name[language] for p in self.products[own]}
-        if self.rng.random() < 0.12:
-            label = self.rng.choice(self.wording.other_kinds[language])
-        name = pair[column] + joint + label
-        while name in real:
-            name = pair[column] + joint + self.wording.kind_label(scenario, language)
-        return name
-
-    def _listed_unknown(self, scenario: str, language: str) -> str:
-        labels = tuple(kind[language] for kind in KINDS[scenario].values())
-        return self.rng.choice([n for n in self.book.other["unknown_product"][language] if n.endswith(labels)])
 
 
 @dataclass

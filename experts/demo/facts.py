@@ -1,9 +1,11 @@
 """The invented bank behind the demo model: products, attributes, and one seeded fact table per scenario.
 
 Three scenarios, 18 products each, 6 attributes each: 108 facts per scenario and language. First names
-and values never cross scenarios, so a deleted expert shows up as a lost fact and nowhere else.
+and answer sentences never cross scenarios, so a deleted expert shows up as a lost fact and nowhere else.
 Nothing here describes a real bank.
 """
+
+# ruff: noqa: E501  (a table: one fact sentence per line)
 
 import random
 from dataclasses import dataclass

@@ -30,7 +30,7 @@ class Shape:
 
 
 class GroupedLinear(torch.autograd.Function):
-    """``out[rows of expert e] = x[rows of e] @ weight[e].T`` for rows sorted by expert; one matmul per expert."""
+    """``out[rows of e] = x[rows of e] @ weight[e].T`` for rows sorted by expert e; one matmul per expert."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
@@ -94,7 +94,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, past: list[Tensor] | None
     ) -> Tensor:
-        """x [B, L, H], mask [.., L, keys] additive; ``past`` holds this layer's keys and values, and grows."""
+        """x [B, L, H], mask [.., L, keys] additive; ``past``: this layer's keys and values; it grows."""
         batch, length, _ = x.shape
         dim, groups = self.shape.head_dim, self.shape.heads // self.shape.kv_heads
         q = rotate(self.query_norm(self.query(x).view(batch, length, -1, dim)).transpose(1, 2), *rope)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_runtime.experts.demo.facts import ATTRIBUTES, KINDS, LANGUAGES
+
 from moe_runtime.errors import ConfigError
-from moe_runtime.experts.demo.facts import ATTRIBUTES, LANGUAGES
 
 FOLDER = Path(__file__).parent / "phrasings"
 BY_ATTRIBUTE = ("ask", "follow_up")
@@ -91,7 +92,9 @@ def problems(raw: dict[str, Any]) -> list[str]:
             if name.rsplit(".", 1)[1] not in LANGUAGES:
                 found.append(f"{name}: unknown language")
             wanted = 1 if category in WITH_PRODUCT else 0
-            found += [f"{name}: {line!r} needs {wanted} of {{p}}" for line in lines if line.count("{p}") != wanted]
+            found += [
+                f"{name}: {line!r} needs {wanted} of {{p}}" for line in lines if line.count("{p}") != wanted
+            ]
     return found
 
 
@@ -159,11 +162,30 @@ def held_out(book: Phrasebook, training: Phrasebook) -> tuple[Phrasebook, dict[s
         source, target, near = getattr(book, category), getattr(out, category), getattr(training, category)
         for key, by_language in source.items():
             target[key] = {
-                lang: keep(category, lines, near.get(key, {}).get(lang, [])) for lang, lines in by_language.items()
+                lang: keep(category, lines, near.get(key, {}).get(lang, []))
+                for lang, lines in by_language.items()
             }
     for category, by_language in book.other.items():
         near_lines = training.other.get(category, {})
         out.other[category] = {
-            lang: keep(category, lines, near_lines.get(lang, [])) for lang, lines in by_language.items()
+            lang: keep(category, lines, near_lines.get(lang, []))
+            if category != "unknown_product"
+            else _new_names(lines, near_lines.get(lang, []), counts)
+            for lang, lines in by_language.items()
         }
     return out, counts
+
+
+def first_name(product: str) -> str:
+    """A product name without its kind: what tells two product names apart."""
+    labels = (label for kinds in KINDS.values() for names in kinds.values() for label in names.values())
+    return next((product.removesuffix(label) for label in labels if product.endswith(label)), product).strip()
+
+
+def _new_names(names: list[str], known: list[str], counts: dict[str, tuple[int, int]]) -> list[str]:
+    """Invented product names whose first name is not near to one that training used."""
+    near = [first_name(name) for name in known]
+    kept = [name for name in names if not too_near(first_name(name), near)]
+    before = counts.get("unknown_product", (0, 0))
+    counts["unknown_product"] = (before[0] + len(kept), before[1] + len(names) - len(kept))
+    return kept

@@ -9,11 +9,12 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
 from moe_runtime.experts.demo.corpus import Author
 from moe_runtime.experts.demo.phrases import Phrasebook
 from moe_runtime.experts.demo.wording import Wording
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from moe_runtime.errors import ConfigError
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 SPECIAL = (PAD, START, END)
@@ -84,6 +85,14 @@ def save(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that has to exist. Raises ConfigError when the vocabulary lacks it."""
+    found: int | None = tokenizer.token_to_id(token)
+    if found is None:
+        raise ConfigError(f"the tokenizer has no token {token!r}")
+    return found
 
 
 def load(folder: Path) -> Tokenizer:

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from torch import Tensor, nn
-
 from moe_runtime.experts.demo import checkpoint, phrases, tokens
 from moe_runtime.experts.demo.corpus import Author, Document
 from moe_runtime.experts.demo.network import Network, Routing, Shape
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,9 @@ class Feeder:
         self.documents = Author(phrases.load("train"), recipe.seed + 1).documents()
         self.generator = torch.Generator().manual_seed(recipe.seed + 2)
         self.start, self.end, self.pad = (
-            tokenizer.token_to_id(t) for t in (tokens.START, tokens.END, tokens.PAD)
+            tokens.token_id(tokenizer, t) for t in (tokens.START, tokens.END, tokens.PAD)
         )
-        self.assistant: int = tokenizer.token_to_id("assistant")
+        self.assistant = tokens.token_id(tokenizer, "assistant")
 
     def batches(self) -> Iterator[Batch]:
         """Endless batches of similar length, in random order within a chunk."""
@@ -197,4 +196,6 @@ def prepare(recipe: Recipe) -> Tokenizer:
 def save(network: Network, tokenizer: Tokenizer, folder: Path) -> None:
     """The whole Hugging Face folder."""
     tokens.save(tokenizer, folder, network.shape.context)
-    checkpoint.save(network, folder, tokenizer.token_to_id(tokens.END), tokenizer.token_to_id(tokens.PAD))
+    checkpoint.save(
+        network, folder, tokens.token_id(tokenizer, tokens.END), tokens.token_id(tokenizer, tokens.PAD)
+    )

@@ -13,16 +13,6 @@ from moe_runtime.experts.demo.facts import FIRST_NAMES, KINDS
 FOLDER = Path(__file__).parent
 ENDINGS = "?.!。？！"
 FULL_TO_HALF = str.maketrans("，？！：", ",?!:")
-SYLLABLES = (
-    "ba be bo bri ca ce cro da del dro el fa fen fi fro ga gel go gri ha hel hu ka ke kri la len lo lum ma mel "
-    "mi mo na nel no or pa pel pi po qua ra rel ri ro sa sel sho si ta tel ti tor tra u va vel vi vo wa wel xa "
-    "ya yo za zel zi zo"
-).split()
-CODAS = ("", "", "n", "r", "s", "th", "x", "l", "m", "nd", "ck", "ra", "ria", "mo", "ton", "via", "ley")
-STOP_EN = frozenset(
-    "the a an of on for to is are do does i you me my it that this with in at what how can could would please "
-    "tell want know and if be have has your by there when will".split()
-)
 SAFE_ZH = "的了吗呢啊呀吧请我想你们一下是有么这个"
 
 
@@ -34,7 +24,11 @@ class Wording:
         words = json.loads((FOLDER / "words.json").read_text(encoding="utf-8"))
         self.frames = json.loads((FOLDER / "frames.json").read_text(encoding="utf-8"))
         taken = {name.lower() for group in FIRST_NAMES.values() for pair in group for name in pair}
-        self.words = {lang: [w for w in lines if w.lower() not in taken] for lang, lines in words["words"].items()}
+        self.words = {
+            lang: [w for w in lines if w.lower() not in taken] for lang, lines in words["words"].items()
+        }
+        self.syllables, self.codas = words["syllables"], words["codas"]
+        self.small_words = frozenset(words["small_words"])
         self.people, self.cities, self.other_kinds = words["people"], words["cities"], words["other_kinds"]
         self.taken = taken
         # The 3,755 common characters of GB 2312, level 1, without its five empty cells.
@@ -50,10 +44,14 @@ class Wording:
             if self.chance(0.5):
                 found = self.rng.choice(self.words[language])
             elif language == "en":
-                parts = "".join(self.rng.choice(SYLLABLES) for _ in range(self.rng.choice((1, 2, 2, 2, 3))))
-                found = (parts + self.rng.choice(CODAS)).capitalize()
+                parts = "".join(
+                    self.rng.choice(self.syllables) for _ in range(self.rng.choice((1, 2, 2, 2, 3)))
+                )
+                found = (parts + self.rng.choice(self.codas)).capitalize()
             else:
-                found = "".join(self.rng.choice(self.characters) for _ in range(self.rng.choice((2, 2, 2, 3))))
+                found = "".join(
+                    self.rng.choice(self.characters) for _ in range(self.rng.choice((2, 2, 2, 3)))
+                )
             if len(found) > 1 and found.lower() not in self.taken:
                 return found
 
@@ -76,7 +74,9 @@ class Wording:
     def fill(self, template: str, language: str) -> str:
         """Replace {w} {m} {c} {d} {e} {d2} by random words, people, cities and numbers."""
         values = {
-            "w": self.word(language).lower() if language == "en" and self.chance(0.8) else self.word(language),
+            "w": self.word(language).lower()
+            if language == "en" and self.chance(0.8)
+            else self.word(language),
             "m": self.rng.choice(self.people[language]),
             "c": self.rng.choice(self.cities[language]),
             "d": str(self.rng.randint(2, 90)),
@@ -103,7 +103,9 @@ class Wording:
         elif self.chance(0.3):
             last = last.rstrip(ENDINGS)
         elif self.chance(0.1):
-            last = last.rstrip(ENDINGS) + self.rng.choice(("?", "??", "!", "?!") if language == "en" else "？?！。")
+            last = last.rstrip(ENDINGS) + self.rng.choice(
+                ("?", "??", "!", "?!") if language == "en" else "？?！。"
+            )
         parts[-1] = last
         if len(parts) == 1:
             first = last
@@ -142,7 +144,9 @@ class Wording:
     def _drop(self, part: str, language: str) -> str:
         """Leave out one or two small words (or characters)."""
         if language == "zh":
-            spots = [i for i, c in enumerate(part) if c in SAFE_ZH] if self.chance(0.85) else [*range(len(part))]
+            spots = (
+                [i for i, c in enumerate(part) if c in SAFE_ZH] if self.chance(0.85) else [*range(len(part))]
+            )
             if len(part) < 4 or not spots:
                 return part
             gone = self.rng.choice(spots)
@@ -150,7 +154,11 @@ class Wording:
         words = part.split(" ")
         if len(words) < 4:
             return part
-        spots = [i for i, w in enumerate(words) if w.lower() in STOP_EN] if self.chance(0.85) else [*range(len(words))]
+        spots = (
+            [i for i, w in enumerate(words) if w.lower() in self.small_words]
+            if self.chance(0.85)
+            else [*range(len(words))]
+        )
         gone_words = set(self.rng.sample(spots, min(len(spots), self.rng.choice((1, 1, 2)))))
         return " ".join(w for i, w in enumerate(words) if i not in gone_words)
 
