@@ -14,7 +14,7 @@ from types import TracebackType
 
 from moe_runtime.engine import Engine
 from moe_runtime.errors import EngineStopped, Overloaded, RequestError
-from moe_runtime.output import EngineStats, TokenEvent
+from moe_runtime.output import EngineStats, FinishReason, TokenEvent
 from moe_runtime.sampling import SamplingParams
 
 LOGGER = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class AsyncEngine:
         return RequestStream(self, request_id, route)
 
     def abort(self, request_id: str) -> None:
-        """End a request with finish_reason "abort" before the next step; ids that are not open are ignored."""
+        """End a request with finish_reason "abort" before the next step; ignored if not open."""
         with self._lock:
             if request_id in self._routes:
                 self._inbox.append(Order(request_id))
@@ -200,13 +200,14 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while (orders := self._take_orders()) is not None:
-                self._publish(event for order in orders for event in self._obey(order))
+                self._publish([event for order in orders for event in self._obey(order)])
                 if self.engine.has_work():
                     self._publish(self._step())
+            self._publish([event for name in list(self._routes) for event in self.engine.abort(name)])
         finally:
             with self._lock:
                 self._refusal = self._refusal or "the engine has died"
-            self._end_without_engine(list(self._routes))
+                self._end_without_engine(self._refusal, self._routes)
 
     def _take_orders(self) -> list[Order] | None:
         """Wait for something to do; None when it is time to end."""
@@ -223,7 +224,7 @@ class AsyncEngine:
         except Exception:  # this request only; the log has the story
             LOGGER.exception("request %s could not be added", order.request_id)
             self.engine.abort(order.request_id)
-            self._end_without_engine([order.request_id])
+            self._end_without_engine("the engine could not take this request", [order.request_id])
         finally:
             with self._lock:
                 self._stats = self.engine.stats()
@@ -235,10 +236,12 @@ class AsyncEngine:
             return self.engine.step()
         except Exception as error:  # one bad batch must not end the service; the log has the story
             LOGGER.exception("a step failed")
-            events = self.engine.fail_running(f"the engine failed on this batch: {type(error).__name__}")
-            self._publish(events)
-            # A choice may have ended inside the step that failed, its last event lost.
-            self._end_without_engine([name for name in self._routes if not self.engine.is_open(name)])
+            message = f"the engine failed on this batch: {type(error).__name__}"
+            self._publish(self.engine.fail_running(message))
+            with self._lock:
+                # A choice may have ended inside the step that failed, its last event lost with it.
+                not_yet_added = {order.request_id for order in self._inbox}
+                self._end_without_engine(message, self._routes.keys() - not_yet_added)
             return []
 
     def _publish(self, events: Iterable[TokenEvent]) -> None:
@@ -267,15 +270,15 @@ class AsyncEngine:
             for _, event in batch:
                 self.abort(event.request_id)
 
-    def _end_without_engine(self, request_ids: Iterable[str]) -> None:
-        """Last events for requests that the engine knows nothing about (any more)."""
-        reason = "abort" if self._stopping else "error"
-        message = self._refusal or "the engine failed on this request"
-        self._publish(
-            TokenEvent(name, choice, finish_reason=reason, error=message)  # type: ignore[arg-type]
+    def _end_without_engine(self, message: str, request_ids: Iterable[str]) -> None:
+        """Last events for the choices of ``request_ids`` that the engine knows nothing about (any more)."""
+        reason: FinishReason = "abort" if self._stopping else "error"
+        lost = [
+            TokenEvent(name, choice, finish_reason=reason, error=message)
             for name in request_ids
-            for choice in sorted(self._routes[name].open_choices)
-        )
+            for choice in sorted(self._routes[name].open_choices - self.engine.open_choices(name))
+        ]
+        self._publish(lost)
 
 
 def _deliver(batch: list[tuple[Route, TokenEvent]]) -> None:

@@ -142,9 +142,9 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._open)
 
-    def is_open(self, request_id: str) -> bool:
-        """Whether more events of this request will come."""
-        return request_id in self._requests
+    def open_choices(self, request_id: str) -> set[int]:
+        """Choices of a request that have not had their last event; empty for unknown ids."""
+        return {self._open[sequence_id].choice for sequence_id in self._requests.get(request_id, ())}
 
     def abort(self, request_id: str) -> list[TokenEvent]:
         """End a request now; its blocks are free when this returns. Unknown ids are ignored."""
