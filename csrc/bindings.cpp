@@ -1,7 +1,100 @@
-// The only file that knows Python: a table of functions.
+// The only file that knows Python: a table of functions over raw addresses. moe_runtime/kernels/cpu.py has checked
+// every tensor before its address comes here; the GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu_features.h"
+#include "errors.h"
+#include "ops.h"
+#include "thread_pool.h"
+
+namespace py = pybind11;
+
+namespace {
+
+typedef uintptr_t Address;
+const float* floats(Address a) { return reinterpret_cast<const float*>(a); }
+float* floats_out(Address a) { return reinterpret_cast<float*>(a); }
+const int32_t* ints(Address a) { return reinterpret_cast<const int32_t*>(a); }
+const char* bytes(Address a) { return reinterpret_cast<const char*>(a); }
+char* bytes_out(Address a) { return reinterpret_cast<char*>(a); }
+
+void raise_as(const char* name, const std::exception& error) {
+  PyErr_SetString(py::module_::import("moe_runtime.errors").attr(name).ptr(), error.what());
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "moe_runtime CPU kernels";
-  m.def("add", [](int a, int b) { return a + b; });
+  m.doc() = "moe_runtime CPU kernels; use them through moe_runtime.kernels";
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const IsaMissing& e) {
+      raise_as("IsaUnavailable", e);
+    } catch (const KernelFault& e) {
+      raise_as("KernelError", e);
+    }
+  });
+  const py::call_guard<py::gil_scoped_release> no_gil;
+
+  m.attr("LAYOUT_VERSION") = MOE_LAYOUT_VERSION;
+  m.def("supported_isas", &supported_isas);
+  m.def("select_isa", &select_isa);
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("set_num_threads", &set_num_threads);
+  m.def("num_threads", &num_threads);
+
+  m.def("packed_bytes", &packed_bytes);                  // n, k, dtype
+  m.def("packed_gate_up_bytes", &packed_gate_up_bytes);  // intermediate, hidden, dtype
+  m.def("advise_huge_pages", [](Address data, int64_t size) { advise_huge_pages(bytes_out(data), size); });
+  m.def("pack", [](Address weight, int64_t n, int64_t k, int32_t dtype, int target, Address packed) {
+    pack(bytes(weight), n, k, dtype, (PackTarget)target, bytes_out(packed));
+  }, no_gil);
+  m.def("unpack", [](Address packed, int64_t n, int64_t k, int32_t dtype, int target, Address weight) {
+    unpack(bytes(packed), n, k, dtype, (PackTarget)target, bytes_out(weight));
+  }, no_gil);
+
+  m.def("route", [](Address logits, int64_t tokens, int64_t experts, Address bias, int64_t top_k, int64_t num_groups,
+                    int64_t topk_groups, bool sigmoid, bool normalise, bool top2_sum, bool softmax_after_topk,
+                    double routed_scaling, double norm_epsilon, Address ids, Address weights) {
+    const RouterRules rules{top_k, num_groups, topk_groups, sigmoid, normalise, top2_sum, softmax_after_topk,
+                            routed_scaling, norm_epsilon};
+    route(floats(logits), tokens, experts, floats(bias), rules, reinterpret_cast<int32_t*>(ids), floats_out(weights));
+  }, no_gil);
+  m.def("linear", [](Address x, int64_t tokens, int64_t heads, int64_t k, Address packed, int64_t n, int32_t dtype,
+                     Address bias, Address out) {
+    linear(floats(x), tokens, heads, k, bytes(packed), n, dtype, floats(bias), floats_out(out));
+  }, no_gil);
+  m.def("fused_moe", [](Address x, Address ids, Address weights, Address gate_up, Address down, int64_t tokens,
+                        int64_t top_k, int64_t hidden, int64_t intermediate, int64_t experts, int32_t dtype,
+                        Address out) {
+    fused_moe(floats(x), ints(ids), floats(weights), bytes(gate_up), bytes(down),
+              {tokens, top_k, hidden, intermediate, experts}, dtype, floats_out(out));
+  }, no_gil);
+  m.def("rms_norm", [](Address x, Address residual, Address weight, double eps, int64_t rows, int64_t dim, Address out,
+                       Address total) {
+    rms_norm(floats(x), floats(residual), floats(weight), eps, rows, dim, floats_out(out), floats_out(total));
+  }, no_gil);
+  m.def("silu_mul", [](Address gate, Address up, int64_t count, Address out) {
+    silu_mul(floats(gate), floats(up), count, floats_out(out));
+  }, no_gil);
+  m.def("rope", [](Address x, int64_t tokens, int64_t heads, int64_t dim, Address cos, Address sin, int64_t positions,
+                   int64_t half, Address position_of, bool interleaved, int64_t offset) {
+    rope(floats_out(x), tokens, heads, dim, floats(cos), floats(sin), positions, half, ints(position_of), interleaved,
+         offset);
+  }, no_gil);
+  m.def("write_cache", [](Address cache, int64_t blocks, int64_t heads, int64_t block_size, int64_t dim, int32_t dtype,
+                          Address values, Address slots, int64_t tokens) {
+    write_cache(bytes_out(cache), blocks, heads, block_size, dim, dtype, floats(values),
+                reinterpret_cast<const int64_t*>(slots), tokens);
+  }, no_gil);
+  m.def("attention", [](Address q, int64_t tokens, int64_t heads, Address keys, Address values, int64_t blocks,
+                        int64_t kv_heads, int64_t block_size, int64_t key_dim, int64_t value_dim, int64_t value_stride,
+                        int32_t dtype, Address positions, Address sequence_rows, Address tables, int64_t sequences,
+                        int64_t max_blocks, double scale, Address out) {
+    attention(floats(q), tokens, heads, bytes(keys), bytes(values),
+              {blocks, kv_heads, block_size, key_dim, value_dim, value_stride, dtype}, ints(positions),
+              ints(sequence_rows), ints(tables), sequences, max_blocks, scale, floats_out(out));
+  }, no_gil);
 }

@@ -11,33 +11,36 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from moe_runtime.errors import ConfigError
-from moe_runtime.kernels import reference
+from moe_runtime.errors import ConfigError, IsaUnavailable
+from moe_runtime.kernels import cpu, packing, reference
+from moe_runtime.kernels.cpu import set_num_threads
 from moe_runtime.kernels.packed import PackedExperts, PackedLinear, RouterSpec
 
-__all__ = ["OPS", "Kernels", "PackedExperts", "PackedLinear", "RouterSpec", "choose"]
+__all__ = ["OPS", "Kernels", "PackedExperts", "PackedLinear", "RouterSpec", "choose", "set_num_threads"]
 
 Operation = Callable[..., Any]
 
+
+def _row(cpu_function: Operation, reference_function: Operation) -> Mapping[str, Operation]:
+    return MappingProxyType({"cpu": cpu_function, "reference": reference_function})
+
+
 OPS: Mapping[str, Mapping[str, Operation]] = MappingProxyType(
     {
-        name: MappingProxyType({"reference": getattr(reference, name)})
-        for name in (
-            "pack_linear",
-            "linear",
-            "pack_linear_heads",
-            "linear_heads",
-            "new_experts",
-            "pack_expert",
-            "fused_moe",
-            "silu_mul",
-            "route",
-            "rms_norm",
-            "add_rms_norm",
-            "rope",
-            "write_cache",
-            "attention",
-        )
+        "pack_linear": _row(packing.pack_linear, reference.pack_linear),
+        "pack_linear_heads": _row(packing.pack_linear_heads, reference.pack_linear_heads),
+        "new_experts": _row(packing.new_experts, reference.new_experts),
+        "pack_expert": _row(packing.pack_expert, reference.pack_expert),
+        "linear": _row(cpu.linear, reference.linear),
+        "linear_heads": _row(cpu.linear_heads, reference.linear_heads),
+        "fused_moe": _row(cpu.fused_moe, reference.fused_moe),
+        "silu_mul": _row(cpu.silu_mul, reference.silu_mul),
+        "route": _row(cpu.route, reference.route),
+        "rms_norm": _row(cpu.rms_norm, reference.rms_norm),
+        "add_rms_norm": _row(cpu.add_rms_norm, reference.add_rms_norm),
+        "rope": _row(cpu.rope, reference.rope),
+        "write_cache": _row(cpu.write_cache, reference.write_cache),
+        "attention": _row(cpu.attention, reference.attention),
     }
 )
 
@@ -76,24 +79,27 @@ class Kernels:
 def choose(backend: str = "auto", overrides: Mapping[str, str] = MappingProxyType({})) -> Kernels:
     """The functions of one backend, with single operations overridden, e.g. ``{"attention": "reference"}``.
 
-    "auto" is "cpu" where it exists for the operation and the machine, else "reference".
-    Raises ConfigError for a backend or operation that does not exist.
+    "auto" is "cpu" on a machine with AVX2, else "reference". Packing follows the operation that reads it.
+    Raises ConfigError for a backend or operation that does not exist, IsaUnavailable for "cpu" on a machine
+    without AVX2 or a MOE_FORCE_ISA that it cannot run.
     """
-    if backend not in ("auto", "cpu", "reference"):
-        raise ConfigError(f"backend = {backend!r}, expected 'auto', 'cpu' or 'reference'")
-    unknown = sorted(name for name in overrides if name not in OPS or name in PACKED_FOR)
-    if unknown:
-        raise ConfigError(
-            f"no operation {unknown[0]!r} to override, expected one of {sorted(set(OPS) - set(PACKED_FOR))}"
-        )
-    chosen: dict[str, Operation] = {}
-    for name, implementations in OPS.items():
-        wanted = overrides.get(PACKED_FOR.get(name, name), backend)
-        if wanted == "auto":
-            wanted = "cpu" if "cpu" in implementations else "reference"
-        if wanted not in implementations:
-            raise ConfigError(
-                f"operation {name!r} has no {wanted!r} backend, it has {sorted(implementations)}"
-            )
-        chosen[name] = implementations[wanted]
-    return Kernels(backend="reference" if backend == "auto" else backend, **chosen)
+    wanted = {backend, *overrides.values()}
+    if unknown := sorted(wanted - {"auto", "cpu", "reference"}):
+        raise ConfigError(f"backend = {unknown[0]!r}, expected 'auto', 'cpu' or 'reference'")
+    if unknown := sorted(name for name in overrides if name not in OPS or name in PACKED_FOR):
+        choices = sorted(set(OPS) - set(PACKED_FOR))
+        raise ConfigError(f"no operation {unknown[0]!r} to override, expected one of {choices}")
+    fastest = "reference"
+    if wanted != {"reference"} and cpu.available():
+        fastest = "cpu"
+    if "cpu" in wanted and fastest != "cpu":
+        raise IsaUnavailable("the cpu backend needs AVX2, FMA and F16C; use the reference backend")
+
+    def resolve(name: str) -> str:
+        return fastest if name == "auto" else name
+
+    chosen = {
+        name: implementations[resolve(overrides.get(PACKED_FOR.get(name, name), backend))]
+        for name, implementations in OPS.items()
+    }
+    return Kernels(backend=resolve(backend), **chosen)

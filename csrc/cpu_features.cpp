@@ -1,0 +1,100 @@
+#include "cpu_features.h"
+
+#include <cpuid.h>
+
+#include <atomic>
+#include <cstdlib>
+
+#include "errors.h"
+
+namespace {
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  const KernelTable* (*table)();
+};
+
+uint32_t extended_control_register() {
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+}
+
+struct Features {
+  bool avx2 = false, avx512 = false, avx512bf16 = false;
+
+  Features() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return;
+    const bool fma = c & (1u << 12), osxsave = c & (1u << 27), avx = c & (1u << 28), f16c = c & (1u << 29);
+    if (!(fma && osxsave && avx && f16c)) return;
+    // The processor having the registers is not enough: the kernel must save them (bits: SSE, AVX, then opmask,
+    // upper halves of zmm0-15, zmm16-31).
+    const uint32_t saved = extended_control_register();
+    if ((saved & 0x06) != 0x06 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    avx2 = b & (1u << 5);
+    const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, vnni = 1u << 11, wanted = f | dq | bw | vl;
+    avx512 = avx2 && (saved & 0xe6) == 0xe6 && (b & wanted) == wanted && (c & vnni);
+    const unsigned leaves = a;
+    if (avx512 && leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) avx512bf16 = a & (1u << 5);
+  }
+};
+
+const Features& features() {
+  static const Features found;
+  return found;
+}
+
+// Best first. AMX comes here: kernels_amx.cpp with its own row, reading the same packed bytes (layout.h).
+const Isa kIsas[] = {
+    {"avx512bf16", [] { return features().avx512bf16; }, moe_kernels_avx512bf16},
+    {"avx512", [] { return features().avx512; }, moe_kernels_avx512},
+    {"avx2", [] { return features().avx2; }, moe_kernels_avx2},
+};
+
+std::atomic<const KernelTable*> selected{nullptr};
+
+std::string join(const std::vector<std::string>& names) {
+  std::string text;
+  for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text.empty() ? "none" : text;
+}
+
+}  // namespace
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : kIsas) {
+    if (isa.supported()) names.push_back(isa.name);
+  }
+  return names;
+}
+
+void select_isa(const std::string& name) {
+  std::string wanted = name;
+  std::string origin = "isa";
+  if (wanted.empty()) {
+    const char* forced = std::getenv("MOE_FORCE_ISA");
+    if (forced && *forced) {
+      wanted = forced;
+      origin = "MOE_FORCE_ISA";
+    }
+  }
+  bool known = wanted.empty();
+  for (const Isa& isa : kIsas) {
+    known = known || wanted == isa.name;
+    if ((wanted.empty() || wanted == isa.name) && isa.supported()) {
+      selected.store(isa.table(), std::memory_order_release);
+      return;
+    }
+  }
+  if (!known) throw IsaMissing(origin + "=" + wanted + ": unknown, expected avx2, avx512 or avx512bf16");
+  if (wanted.empty()) throw IsaMissing("the cpu backend needs AVX2, FMA and F16C; use --backend reference");
+  throw IsaMissing(origin + "=" + wanted + ": this machine cannot run it, it has: " + join(supported_isas()));
+}
+
+const KernelTable& kernels() {
+  if (!selected.load(std::memory_order_acquire)) select_isa("");
+  return *selected.load(std::memory_order_acquire);
+}

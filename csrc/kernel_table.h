@@ -1,0 +1,68 @@
+// The one interface between the portable code and the per-ISA kernels: plain structs and a table of functions.
+// Included by translation units compiled with different -m flags, so: no STL, no inline functions.
+#pragma once
+#include <stdint.h>
+
+#include "layout.h"
+
+// Rows are activations: row r starts at rows + (row_index ? row_index[r] : r) * row_stride bytes.
+struct MatmulArgs {
+  const char* rows;
+  int64_t row_stride;         // bytes
+  const int32_t* row_index;   // or null
+  int64_t num_rows;
+  const char* panels;         // first panel of this task
+  int64_t panel_stride;       // bytes
+  int64_t num_panels;
+  int64_t num_groups;         // k-groups that hold data; the zero padding behind them is not read
+  void* out;                  // row r at out + r * out_stride; float for matmul, activation type for gate_up
+  int64_t out_stride;         // bytes
+  int64_t num_columns;        // columns of `out` to write, at most 32 (gate_up: 16) per panel
+  const float* bias;          // of the first column, or null; matmul only
+};
+
+static constexpr int32_t kAttentionRows = 16, kAttentionPart = 256;
+
+// Up to 16 (token, head) rows that read the same key head of the same sequence, over one part: at most 256 positions
+// that start at a multiple of 256. The split into parts depends on absolute position alone.
+struct AttentionPart {
+  const float* query[kAttentionRows];
+  int32_t visible[kAttentionRows];        // how many positions of this part each row may see, 0 to num_keys
+  int32_t num_rows;
+  int32_t num_keys;
+  const char* keys[kAttentionPart];
+  const char* values[kAttentionPart];
+  int32_t cache_dtype;                    // float32 or bfloat16
+  int32_t key_dim;
+  int32_t value_dim;
+  float scale;
+  // Results: row r's unnormalised softmax over this part. A row that sees nothing gets max = -inf, sum = 0, zeros.
+  float* max;                             // [16]
+  float* sum;                             // [16]
+  float* out;                             // [16, value_dim]
+};
+
+struct KernelTable {
+  const char* name;
+  // The activation type each weight dtype is multiplied with: kFloat32, or kBFloat16 where VDPBF16PS exists.
+  int32_t activation[3];
+  void (*matmul[3])(const MatmulArgs*);
+  void (*gate_up[3])(const MatmulArgs*);
+  void (*convert)(const float* in, void* out, int64_t count, int32_t dtype);
+  void (*rms_norm)(const float* x, const float* residual, const float* weight, float eps, int64_t dim,
+                   float* out, float* total);
+  void (*silu_mul)(const float* gate, const float* up, float* out, int64_t count);
+  void (*weighted_sum)(const float* const* rows, const float* weights, int64_t num_rows, int64_t dim, float* out);
+  void (*attention_part)(const AttentionPart*);
+  // Adds a part to a running result: both are (max, sum, out[dim]).
+  void (*attention_merge)(float* max, float* sum, float* out, const float* part_max, const float* part_sum,
+                          const float* part_out, int64_t dim);
+  void (*attention_finish)(const float* sum, const float* in, float* out, int64_t dim);
+};
+
+// One function per ISA object file; the only symbols those files export.
+extern "C" {
+const KernelTable* moe_kernels_avx2();
+const KernelTable* moe_kernels_avx512();
+const KernelTable* moe_kernels_avx512bf16();
+}

@@ -1,0 +1,28 @@
+// AVX-512 F, BW, VL, DQ, VNNI, without BF16 (Skylake-SP, Cascade Lake, Ice Lake).
+// No STL and nothing but the table leaves this file: an inline function compiled here must never be linked elsewhere.
+#include <immintrin.h>
+
+#include "kernel_table.h"
+
+namespace {
+#include "simd_avx512.h"
+#include "row_kernels.h"
+#include "matmul_kernels.h"
+#include "attention_kernels.h"
+
+const KernelTable table = {
+    "avx512",
+    {kFloat32, kFloat32, kFloat32},
+    {matmul<WeightsF32, false>, matmul<WeightsBF16Wide, false>, matmul<WeightsF16, false>},
+    {matmul<WeightsF32, true>, matmul<WeightsBF16Wide, true>, matmul<WeightsF16, true>},
+    convert,
+    rms_norm,
+    silu_mul,
+    weighted_sum,
+    attention_part,
+    attention_merge,
+    attention_finish,
+};
+}  // namespace
+
+extern "C" __attribute__((visibility("hidden"))) const KernelTable* moe_kernels_avx512() { return &table; }

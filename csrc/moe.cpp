@@ -1,0 +1,159 @@
+// Fused mixture of experts: gate, up, SiLU, down and the weighted sum in one fork.
+//
+//   0. counting sort of (token, slot) pairs by expert; x rounded once to the activation type
+//   1. tasks (expert, gate/up panels): h = silu(gate) * up for the expert's rows, in sorted order
+//   2. tasks (output columns): every expert's down projection into a small private block, then each token's sum over
+//      its slots, in slot order. A task owns its columns: no atomics, no third barrier, nothing of size [T * k, H].
+//
+// Each weight is read from memory once, whatever the number of tokens that chose its expert.
+#include <numeric>
+#include <string>
+
+#include "activations.h"
+#include "cpu_features.h"
+#include "errors.h"
+#include "ops.h"
+
+namespace {
+
+constexpr int64_t kParallelFrom = 1 << 17;
+
+// Pairs sorted by expert: expert e owns rows [first[e], first[e + 1]).
+struct Sorted {
+  int64_t* first;        // [E + 1]
+  int32_t* token_of;     // sorted row -> token
+  int64_t* row_of;       // pair -> sorted row
+  int32_t* active;       // experts with rows, busiest first, so that no long task comes last
+  int64_t num_active = 0;
+};
+
+Sorted sort_by_expert(const int32_t* ids, const MoeShape& s, Scratch& scratch) {
+  const int64_t pairs = s.num_tokens * s.top_k;
+  Sorted sorted{scratch.take<int64_t>(s.num_experts + 1), scratch.take<int32_t>(pairs), scratch.take<int64_t>(pairs),
+                scratch.take<int32_t>(s.num_experts)};
+  std::fill_n(sorted.first, s.num_experts + 1, 0);
+  for (int64_t p = 0; p < pairs; ++p) {
+    if (ids[p] < 0 || ids[p] >= s.num_experts) {
+      throw KernelFault("fused_moe: expert_ids[" + std::to_string(p / s.top_k) + ", " + std::to_string(p % s.top_k) +
+                        "] = " + std::to_string(ids[p]) + ", expected 0 <= id < " + std::to_string(s.num_experts));
+    }
+    ++sorted.first[ids[p] + 1];
+  }
+  for (int64_t e = 0; e < s.num_experts; ++e) {
+    if (sorted.first[e + 1]) sorted.active[sorted.num_active++] = (int32_t)e;
+  }
+  std::stable_sort(sorted.active, sorted.active + sorted.num_active,
+                   [&](int32_t a, int32_t b) { return sorted.first[a + 1] > sorted.first[b + 1]; });
+  std::partial_sum(sorted.first, sorted.first + s.num_experts + 1, sorted.first);
+  int64_t* next = scratch.take<int64_t>(s.num_experts);
+  std::copy_n(sorted.first, s.num_experts, next);
+  for (int64_t p = 0; p < pairs; ++p) {
+    const int64_t row = next[ids[p]]++;
+    sorted.row_of[p] = row;
+    sorted.token_of[row] = (int32_t)(p / s.top_k);
+  }
+  return sorted;
+}
+
+struct Call {
+  const KernelTable& table;
+  const MoeShape& shape;
+  const Sorted& sorted;
+  const char* gate_up;
+  const char* down;
+  int32_t dtype;
+  char* h;               // [pairs, I padded to 16] in the activation type
+  int64_t h_stride;      // bytes
+};
+
+void gate_up_task(const Call& c, const Activations& rows, int32_t expert, int64_t panel, int64_t num_panels) {
+  const int64_t first = c.sorted.first[expert];
+  const int32_t activation = c.table.activation[c.dtype];
+  MatmulArgs args;
+  args.rows = rows.row(0);
+  args.row_stride = rows.stride();
+  args.row_index = c.sorted.token_of + first;
+  args.num_rows = c.sorted.first[expert + 1] - first;
+  args.panel_stride = panel_bytes(c.shape.hidden, c.dtype);
+  args.panels = c.gate_up + expert * packed_gate_up_bytes(c.shape.intermediate, c.shape.hidden, c.dtype) +
+                panel * args.panel_stride;
+  args.num_panels = num_panels;
+  args.num_groups = round_up(c.shape.hidden, group_size(c.dtype)) / group_size(c.dtype);
+  args.out = c.h + first * c.h_stride + panel * kTileColumns * element_size(activation);
+  args.out_stride = c.h_stride;
+  args.num_columns = num_panels * kTileColumns;
+  args.bias = nullptr;
+  c.table.gate_up[c.dtype](&args);
+}
+
+// Columns [column, column + width) of every sorted row -> block [pairs, width].
+void down_task(const Call& c, int64_t column, int64_t width, float* block) {
+  const int64_t k = c.shape.intermediate;
+  for (int64_t i = 0; i < c.sorted.num_active; ++i) {
+    const int32_t expert = c.sorted.active[i];
+    const int64_t first = c.sorted.first[expert];
+    MatmulArgs args;
+    args.rows = c.h + first * c.h_stride;
+    args.row_stride = c.h_stride;
+    args.row_index = nullptr;
+    args.num_rows = c.sorted.first[expert + 1] - first;
+    args.panel_stride = panel_bytes(k, c.dtype);
+    args.panels = c.down + expert * packed_bytes(c.shape.hidden, k, c.dtype) + column / kPanelColumns * args.panel_stride;
+    args.num_panels = round_up(width, kPanelColumns) / kPanelColumns;
+    args.num_groups = round_up(k, group_size(c.dtype)) / group_size(c.dtype);
+    args.out = block + first * width;
+    args.out_stride = width * (int64_t)sizeof(float);
+    args.num_columns = width;
+    args.bias = nullptr;
+    c.table.matmul[c.dtype](&args);
+  }
+}
+
+void sum_slots(const Call& c, const float* weights, int64_t column, int64_t width, const float* block,
+               const float** slots, float* out) {
+  const int64_t top_k = c.shape.top_k;
+  for (int64_t t = 0; t < c.shape.num_tokens; ++t) {
+    for (int64_t s = 0; s < top_k; ++s) slots[s] = block + c.sorted.row_of[t * top_k + s] * width;
+    c.table.weighted_sum(slots, weights + t * top_k, top_k, width, out + t * c.shape.hidden + column);
+  }
+}
+
+}  // namespace
+
+void fused_moe(const float* x, const int32_t* ids, const float* weights, const char* gate_up, const char* down,
+               const MoeShape& shape, int32_t dtype, float* out) {
+  const KernelTable& table = kernels();
+  const int64_t pairs = shape.num_tokens * shape.top_k, threads = num_threads();
+  Scratch scratch;
+  const Sorted sorted = sort_by_expert(ids, shape, scratch);
+  Activations rows(table, x, shape.num_tokens, shape.hidden, dtype, scratch);
+  const int64_t gate_up_panels = round_up(shape.intermediate, kTileColumns) / kTileColumns;
+  const int64_t h_stride = gate_up_panels * kTileColumns * element_size(table.activation[dtype]);
+  const Call call{table, shape, sorted, gate_up, down, dtype, scratch.take<char>(pairs * h_stride), h_stride};
+
+  const int64_t wanted = sorted.num_active * gate_up_panels / (threads * 8);
+  const int64_t panels = std::clamp<int64_t>(wanted / 2 * 2, 2, 16);
+  const int64_t panel_chunks = (gate_up_panels + panels - 1) / panels;
+  Stage gate_up_stage(sorted.num_active * panel_chunks);
+
+  const int64_t width = shape.hidden / (2 * kPanelColumns) >= 3 * threads ? 2 * kPanelColumns : kPanelColumns;
+  Stage down_stage((shape.hidden + width - 1) / width);
+  float* blocks = scratch.take<float>(threads * pairs * width);
+  const float** slots = scratch.take<const float*>(threads * shape.top_k);
+
+  run(pairs * shape.hidden * shape.intermediate * 3 >= kParallelFrom, [&](int worker) {
+    rows.prepare();
+    gate_up_stage.drain([&](int64_t task) {
+      const int64_t panel = task % panel_chunks * panels;
+      gate_up_task(call, rows, sorted.active[task / panel_chunks], panel, std::min(panels, gate_up_panels - panel));
+    });
+    gate_up_stage.wait();
+    down_stage.drain([&](int64_t task) {
+      const int64_t column = task * width, columns = std::min(width, shape.hidden - column);
+      float* block = blocks + worker * pairs * width;
+      down_task(call, column, columns, block);
+      sum_slots(call, weights, column, columns, block, slots + worker * shape.top_k, out);
+    });
+    down_stage.wait();
+  });
+}

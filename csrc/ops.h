@@ -1,0 +1,51 @@
+// The operations behind moe_runtime.kernels.cpu. Shapes and meanings are those of moe_runtime/kernels/reference.py;
+// the caller has checked shapes, dtypes and contiguity. Values (ids, slots, positions) are checked here: KernelFault.
+#pragma once
+#include <cstdint>
+
+#include "layout.h"
+
+struct RouterRules {
+  int64_t top_k, num_groups, topk_groups;
+  bool sigmoid, normalise, top2_sum, softmax_after_topk;
+  double routed_scaling, norm_epsilon;
+};
+
+// pack.cpp
+enum class PackTarget : int { kLinear = 0, kGate = 1, kUp = 2 };
+void pack(const char* weight, int64_t n, int64_t k, int32_t dtype, PackTarget target, char* packed);
+void unpack(const char* packed, int64_t n, int64_t k, int32_t dtype, PackTarget target, char* weight);
+void advise_huge_pages(char* data, int64_t bytes);
+
+// router.cpp
+void route(const float* logits, int64_t num_tokens, int64_t num_experts, const float* bias, const RouterRules& rules,
+           int32_t* ids, float* weights);
+
+// linear.cpp: x [T, heads, K], one packed [N, K] per head, out [T, heads, N]; bias [N] or null.
+void linear(const float* x, int64_t num_tokens, int64_t heads, int64_t k, const char* packed, int64_t n, int32_t dtype,
+            const float* bias, float* out);
+
+// moe.cpp
+struct MoeShape {
+  int64_t num_tokens, top_k, hidden, intermediate, num_experts;
+};
+void fused_moe(const float* x, const int32_t* ids, const float* weights, const char* gate_up, const char* down,
+               const MoeShape& shape, int32_t dtype, float* out);
+
+// rows.cpp
+void rms_norm(const float* x, const float* residual, const float* weight, double eps, int64_t rows, int64_t dim,
+              float* out, float* total);
+void silu_mul(const float* gate, const float* up, int64_t count, float* out);
+void rope(float* x, int64_t num_tokens, int64_t heads, int64_t dim, const float* cos, const float* sin,
+          int64_t num_positions, int64_t half, const int32_t* positions, bool interleaved, int64_t offset);
+void write_cache(char* cache, int64_t num_blocks, int64_t heads, int64_t block_size, int64_t dim, int32_t dtype,
+                 const float* values, const int64_t* slots, int64_t num_tokens);
+
+// attention.cpp
+struct CacheShape {
+  int64_t num_blocks, kv_heads, block_size, key_dim, value_dim, value_stride;  // stride: elements between value rows
+  int32_t dtype;
+};
+void attention(const float* q, int64_t num_tokens, int64_t num_heads, const char* keys, const char* values,
+               const CacheShape& cache, const int32_t* positions, const int32_t* sequence_rows,
+               const int32_t* block_tables, int64_t num_sequences, int64_t max_blocks, double scale, float* out);

@@ -1,0 +1,85 @@
+// Writes and reads the layout of layout.h, bit by bit: weights are moved, never converted.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "ops.h"
+#include "thread_pool.h"
+
+namespace {
+
+// Where tile `t` of a source matrix lives. A linear fills both tiles of a panel; gate and up fill one each.
+struct Place {
+  int64_t panel, slot;
+};
+Place place_of(int64_t tile, PackTarget target) {
+  if (target == PackTarget::kLinear) return {tile / 2, tile % 2};
+  return {tile, target == PackTarget::kGate ? 0 : 1};
+}
+
+int64_t num_tiles(int64_t n, PackTarget target) {
+  return round_up(n, target == PackTarget::kLinear ? kPanelColumns : kTileColumns) / kTileColumns;
+}
+
+template <class T, class F>  // visit(source index, packed index or -1 ...) for every element of one tile
+void visit_tile(int64_t tile, int64_t n, int64_t k, int64_t group, PackTarget target, F visit) {
+  const Place place = place_of(tile, target);
+  const int64_t padded = round_up(k, kPadK);
+  const int64_t base = place.panel * padded * kPanelColumns + place.slot * kTileColumns * group;
+  for (int64_t g = 0; g < padded / group; ++g) {
+    for (int64_t c = 0; c < kTileColumns; ++c) {
+      for (int64_t j = 0; j < group; ++j) {
+        const int64_t column = tile * kTileColumns + c, row = g * group + j;
+        visit(column < n && row < k ? column * k + row : -1, base + (g * kPanelColumns + c) * group + j);
+      }
+    }
+  }
+}
+
+template <class F>
+void for_each_tile(int64_t n, int64_t k, PackTarget target, F body) {
+  const int64_t tiles = num_tiles(n, target);
+  Stage stage(tiles);
+  run(n * k > (1 << 16), [&](int) {
+    stage.drain(body);
+    stage.wait();
+  });
+}
+
+template <class T>
+void pack_as(const T* weight, int64_t n, int64_t k, int64_t group, PackTarget target, T* packed) {
+  for_each_tile(n, k, target, [&](int64_t tile) {
+    visit_tile<T>(tile, n, k, group, target,
+                  [&](int64_t from, int64_t to) { packed[to] = from < 0 ? T(0) : weight[from]; });
+  });
+}
+
+template <class T>
+void unpack_as(const T* packed, int64_t n, int64_t k, int64_t group, PackTarget target, T* weight) {
+  for_each_tile(n, k, target, [&](int64_t tile) {
+    visit_tile<T>(tile, n, k, group, target, [&](int64_t to, int64_t from) {
+      if (to >= 0) weight[to] = packed[from];
+    });
+  });
+}
+
+}  // namespace
+
+void pack(const char* weight, int64_t n, int64_t k, int32_t dtype, PackTarget target, char* packed) {
+  const int64_t group = group_size(dtype);
+  if (element_size(dtype) == 2) pack_as((const uint16_t*)weight, n, k, group, target, (uint16_t*)packed);
+  else pack_as((const uint32_t*)weight, n, k, group, target, (uint32_t*)packed);
+}
+
+void unpack(const char* packed, int64_t n, int64_t k, int32_t dtype, PackTarget target, char* weight) {
+  const int64_t group = group_size(dtype);
+  if (element_size(dtype) == 2) unpack_as((const uint16_t*)packed, n, k, group, target, (uint16_t*)weight);
+  else unpack_as((const uint32_t*)packed, n, k, group, target, (uint32_t*)weight);
+}
+
+void advise_huge_pages(char* data, int64_t bytes) {
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = ((uintptr_t)data + kHuge - 1) / kHuge * kHuge, end = ((uintptr_t)data + bytes) / kHuge * kHuge;
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // a hint: refusal costs speed only
+}

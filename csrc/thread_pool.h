@@ -1,0 +1,47 @@
+// Our own threads: the caller is worker 0, late workers never delay a call, and results never depend on who did what.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+// A list of independent tasks that any worker may take, and the point where all of them are known to be done.
+class Stage {
+ public:
+  explicit Stage(int64_t total) : total_(total) {}
+  Stage(const Stage&) = delete;
+
+  template <class F>
+  void drain(F&& task) {
+    for (;;) {
+      const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
+      if (i >= total_) return;
+      task(i);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+  // Waits for tasks that other workers took. A worker that has not woken up yet holds none, so nobody waits for it.
+  void wait() const;
+
+ private:
+  const int64_t total_;
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int64_t> done_{0};
+};
+
+// Threads that a call of run() may use, itself included. 0 restores the default: MOE_NUM_THREADS, else what the
+// affinity mask and the cgroup quota allow.
+void set_num_threads(int count);
+int num_threads();
+
+// Calls function(context, worker) on the caller (worker 0) and on idle pool threads, and returns when all have left.
+// function must take its work from Stages. If the pool is busy with another Python thread's call, or in a child after
+// fork(), the caller does everything itself: slower, same bits.
+void run_workers(void (*function)(void*, int), void* context);
+
+template <class F>
+void run(bool parallel, F&& body) {
+  if (!parallel) {
+    body(0);
+    return;
+  }
+  run_workers([](void* context, int worker) { (*static_cast<F*>(context))(worker); }, &body);
+}
