@@ -66,7 +66,7 @@ class Checkpoint:
                 raise CheckpointError(f"not named by {INDEX_FILE}", file=entry.path.name, tensor=name)
 
     def common_dtype(self) -> str | None:
-        """The float dtype with the most bytes ("bfloat16", "float16", "float32"), for configs that name none."""
+        """The float dtype with the most bytes, for configs that name none."""
         names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F8_E4M3": "bfloat16"}
         sizes: Counter[str] = Counter()
         for entry in self.entries.values():

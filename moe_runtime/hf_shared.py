@@ -4,7 +4,6 @@ dtype.
 ``models/<model_type>.py`` reads what is its own and calls these for the rest. Bounds are stated here once.
 """
 
-import math
 from typing import Literal, cast
 
 from moe_runtime.hf_config import Fields
@@ -65,8 +64,8 @@ def read_model(
         hidden_size=hidden_size(fields),
         intermediate_size=intermediate_size,
         num_layers=num_layers(fields),
-        max_position_embeddings=_context(fields),
-        rms_norm_eps=fields.number("rms_norm_eps", 0.0, 1.0, 1e-6),
+        max_position_embeddings=context_length(fields),
+        rms_norm_eps=fields.number("rms_norm_eps", 0.0, 1.0),
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         rope=rope,
         attention=attention,
@@ -82,26 +81,24 @@ def read_model(
     return config
 
 
-def _context(fields: Fields) -> int:
+def context_length(fields: Fields) -> int:
     return fields.integer("max_position_embeddings", 1, MAX_CONTEXT)
 
 
 def read_attention(
     fields: Fields,
     *,
-    head_dim: int | None = None,
     qkv_bias: bool = False,
     output_bias: bool = False,
     qk_norm: Literal["none", "head", "full"] = "none",
     clip_qkv: float | None = None,
 ) -> AttentionConfig:
-    """Heads and their size; ``head_dim`` when the architecture fixes it, else the config's or hidden / heads."""
+    """Heads and their size: ``head_dim``, or hidden_size / heads where the config has none."""
     num_heads = fields.integer("num_attention_heads", 1, 65536)
     num_kv_heads = fields.integer("num_key_value_heads", 1, num_heads, num_heads)
     if num_heads % num_kv_heads:
         raise fields.error("num_key_value_heads", f"{num_kv_heads} does not divide {num_heads} heads")
-    if head_dim is None:
-        head_dim = fields.optional_integer("head_dim", 1, 65536)
+    head_dim = fields.optional_integer("head_dim", 1, 65536)
     if head_dim is None:
         if hidden_size(fields) % num_heads:
             raise fields.error(
@@ -111,10 +108,34 @@ def read_attention(
     return AttentionConfig(num_heads, num_kv_heads, head_dim, qkv_bias, output_bias, qk_norm, clip_qkv)
 
 
+def read_latent_attention(fields: Fields) -> LatentAttentionConfig:
+    """DeepSeek's latent attention."""
+    num_heads = fields.integer("num_attention_heads", 1, 65536)
+    if fields.integer("num_key_value_heads", 1, 65536, num_heads) != num_heads:
+        raise fields.error("num_key_value_heads", f"latent attention has one per head, {num_heads}")
+    config = LatentAttentionConfig(
+        num_heads=num_heads,
+        q_lora_rank=fields.optional_integer("q_lora_rank", 1, MAX_DIMENSION),
+        kv_lora_rank=width(fields, "kv_lora_rank"),
+        qk_nope_head_dim=width(fields, "qk_nope_head_dim"),
+        qk_rope_head_dim=width(fields, "qk_rope_head_dim"),
+        v_head_dim=width(fields, "v_head_dim"),
+        bias=fields.flag("attention_bias", False),
+    )
+    head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+    fields.expect("qk_head_dim", head_dim, "it is the sum of the other two")
+    fields.expect("head_dim", config.qk_rope_head_dim, "transformers writes the rotated part here")
+    return config
+
+
 def refuse_sliding_window(fields: Fields, enabled: bool) -> None:
-    """Attention over a window is not implemented. A window at least as long as the context changes nothing."""
+    """A window shorter than the context is not implemented; a longer one changes nothing."""
+    fields.optional_integer("max_window_layers", 0, MAX_LAYERS)  # says nothing without a window
+    for kind in fields.strings("layer_types"):
+        if kind != "full_attention":
+            raise fields.error("layer_types", f"{kind[:40]!r} is not implemented")
     window = fields.optional_integer("sliding_window", 0, MAX_CONTEXT)
-    if enabled and window and window < _context(fields):
+    if enabled and window and window < context_length(fields):
         raise fields.error(
             "sliding_window",
             f"attention over a window of {window} tokens is not implemented; a model trained with it would "
@@ -122,9 +143,44 @@ def refuse_sliding_window(fields: Fields, enabled: bool) -> None:
         )
 
 
-def layer_pattern(fields: Fields, first_dense: int, frequency: int) -> tuple[bool, ...]:
-    """Layer i routes when i >= first_dense and i is a multiple of frequency (DeepSeek's rule)."""
+def layer_pattern(fields: Fields) -> tuple[bool, ...]:
+    """DeepSeek's rule: the first layers are dense, then layers whose number the frequency divides route."""
+    first_dense = fields.integer("first_k_dense_replace", 0, MAX_LAYERS)
+    frequency = fields.integer("moe_layer_freq", 1, MAX_LAYERS, 1)
     return tuple(i >= first_dense and i % frequency == 0 for i in range(num_layers(fields)))
+
+
+def sparse_pattern(fields: Fields) -> tuple[bool, ...]:
+    """Qwen's rule: every ``decoder_sparse_step``-th layer routes, except those listed as dense."""
+    step = fields.integer("decoder_sparse_step", 1, MAX_LAYERS, 1)
+    dense = fields.integers("mlp_only_layers", 0, MAX_LAYERS)
+    return tuple(i not in dense and (i + 1) % step == 0 for i in range(num_layers(fields)))
+
+
+def read_extra_layers(fields: Fields) -> int:
+    """How many layers for multi-token prediction the checkpoint may hold after the last ordinary one."""
+    return fields.integer("num_nextn_predict_layers|num_mtp_layers", 0, MAX_LAYERS, 0)
+
+
+def read_sigmoid_moe(fields: Fields, experts: str, shared: str, scaling: float) -> MoeConfig:
+    """DeepSeek V3's routing, which later families took over; ``scaling`` is the family's default."""
+    num_experts, top_k = read_experts(fields, experts)
+    num_groups, topk_groups = read_groups(fields)
+    intermediate_size = width(fields, "moe_intermediate_size")
+    moe = MoeConfig(
+        num_experts=num_experts,
+        top_k=top_k,
+        intermediate_size=intermediate_size,
+        shared_intermediate_size=intermediate_size * fields.integer(shared, 0, 1024),
+        scoring="sigmoid",
+        norm_topk_prob=fields.flag("norm_topk_prob", True),
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        group_score="top2_sum",
+        routed_scaling=fields.number("routed_scaling_factor", 0.0, 1e3, scaling),
+        selection_bias=True,
+    )
+    return check_moe(fields, moe)
 
 
 def check_moe(fields: Fields, moe: MoeConfig) -> MoeConfig:
@@ -150,9 +206,10 @@ def read_experts(fields: Fields, keys: str) -> tuple[int, int]:
     return num_experts, fields.integer("num_experts_per_tok", 1, min(MAX_TOP_K, num_experts))
 
 
-def read_groups(fields: Fields) -> tuple[int, int]:
+def read_groups(fields: Fields, default: int | None = None) -> tuple[int, int]:
     """(number of groups, groups that stay in the race)."""
-    return fields.integer("n_group", 1, MAX_EXPERTS, 1), fields.integer("topk_group", 1, MAX_EXPERTS, 1)
+    num_groups = fields.integer("n_group", 1, MAX_EXPERTS, default)
+    return num_groups, fields.integer("topk_group", 1, MAX_EXPERTS, default)
 
 
 def read_fp8(fields: Fields) -> Fp8Config | None:
@@ -171,64 +228,3 @@ def read_fp8(fields: Fields) -> Fp8Config | None:
         raise section.error("weight_block_size", "expected two block sizes: only block-wise scales are read")
     section.finish()
     return Fp8Config(*block)
-
-
-def read_rope(
-    fields: Fields, dimensions: int, *, theta: float = 10_000.0, rotary_fraction: float = 1.0, **fixed: bool
-) -> RopeConfig:
-    """The rotary embedding of heads of ``dimensions``; in ``rope_parameters``, or spread over older keys.
-
-    ``theta`` and ``rotary_fraction`` are the architecture's defaults; ``fixed`` passes on ``interleaved``.
-    """
-    section = fields.section("rope_parameters|rope_scaling") or Fields({})
-    theta = fields.number("rope_theta", 1.0, 1e12, theta)
-    theta = section.number("rope_theta", 1.0, 1e12, theta)
-    fraction = fields.number("partial_rotary_factor", 0.0, 1.0, rotary_fraction)
-    fraction = section.number("partial_rotary_factor", 0.0, 1.0, fraction)
-    rotary_dim = int(dimensions * fraction)
-    if rotary_dim < 2 or rotary_dim % 2:
-        raise fields.error(
-            "partial_rotary_factor", f"rotary dimension {rotary_dim} is not a positive even number"
-        )
-    kind = section.choice("rope_type|type", ("default", "linear", "yarn", "llama3"), "default")
-    rope = RopeConfig(theta, rotary_dim, interleaved=fixed.get("interleaved", False))
-    if kind != "default":
-        rope = _scaled(fields, section, rope, kind)
-    section.finish()
-    return rope
-
-
-def _scaled(fields: Fields, section: Fields, rope: RopeConfig, kind: str) -> RopeConfig:
-    context = _context(fields)
-    factor = section.number("factor", 1.0, 1e6)
-    if kind == "linear":
-        return RopeConfig(rope.theta, rope.rotary_dim, "linear", rope.interleaved, factor)
-    original = section.integer("original_max_position_embeddings", 1, MAX_CONTEXT, context)
-    if kind == "llama3":
-        low = section.number("low_freq_factor", 1e-6, 1e6)
-        high = section.number("high_freq_factor", 1e-6, 1e6)
-        if high <= low:
-            raise section.error("high_freq_factor", f"{high:g} is not above low_freq_factor {low:g}")
-        return RopeConfig(
-            rope.theta, rope.rotary_dim, "llama3", rope.interleaved, factor, original,
-            low_freq_factor=low, high_freq_factor=high,
-        )  # fmt: skip
-    mscale = section.number("mscale", 0.0, 1e3, 0.0)
-    mscale_all = section.number("mscale_all_dim", 0.0, 1e3, 0.0)
-    if mscale and mscale_all:
-        table_scale = yarn_scale(factor, mscale) / yarn_scale(factor, mscale_all)
-    else:
-        table_scale = yarn_scale(factor, 1.0)
-    return RopeConfig(
-        rope.theta, rope.rotary_dim, "yarn", rope.interleaved, factor, original,
-        beta_fast=section.number("beta_fast", 0.0, 1e6, 0.0) or 32.0,
-        beta_slow=section.number("beta_slow", 0.0, 1e6, 0.0) or 1.0,
-        truncate=section.flag("truncate", True),
-        table_scale=section.number("attention_factor", 0.0, 1e3, table_scale),
-        softmax_scale=yarn_scale(factor, mscale_all) ** 2 if mscale_all else 1.0,
-    )  # fmt: skip
-
-
-def yarn_scale(factor: float, mscale: float) -> float:
-    """How much longer contexts sharpen attention, from the YaRN paper."""
-    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0

@@ -63,7 +63,7 @@ def read_model_config(model_dir: Path, default_dtype: str | None) -> tuple[Archi
 
 
 def _check_auto_map(auto_map: object, published: frozenset[str]) -> None:
-    """Code that comes with a checkpoint is never run. A map to code that we implement ourselves is harmless."""
+    """Code that comes with a checkpoint is never run; a map to code we implement ourselves is harmless."""
     if auto_map is None:
         return
     classes = auto_map.values() if isinstance(auto_map, dict) else [auto_map]

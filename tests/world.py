@@ -160,5 +160,12 @@ def byte_characters() -> list[str]:
     return [chr(256 + others.index(byte)) if byte in others else chr(byte) for byte in range(256)]
 
 
+def edit_config(folder: Path, **changes: Any) -> Path:
+    """Change keys of config.json (None removes one) without touching the weights; the folder itself."""
+    values = {**json.loads((folder / "config.json").read_text()), **changes}
+    write_json(folder / "config.json", {key: value for key, value in values.items() if value is not None})
+    return folder
+
+
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")

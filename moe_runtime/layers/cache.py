@@ -1,4 +1,4 @@
-"""The paged memory of past tokens. The engine decides which block belongs to whom; layers read and write it."""
+"""The paged memory of past tokens. Layers read and write it; whose blocks are whose, the engine decides."""
 
 from dataclasses import dataclass
 

@@ -10,7 +10,9 @@ from moe_runtime.model_config import RopeConfig
 
 @dataclass(frozen=True)
 class Rotation:
-    """cos and sin, float32 [positions, rotary_dim / 2], and whether pairs are (2i, 2i + 1) or (i, i + half)."""
+    """cos and sin, float32 [positions, rotary_dim / 2]; pairs are (2i, 2i + 1) if interleaved, else (i, i +
+    half).
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor

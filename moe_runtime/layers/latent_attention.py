@@ -1,0 +1,116 @@
+"""Multi-head latent attention (MLA) over a cache of latents, with the expanding matrices absorbed.
+
+Published as: a token's latent c [R] is expanded per head h to a key Kh c and a value Vh c. As scores are
+linear in the key, q . (Kh c) = (Kh^T q) . c: the query moves into latent space instead, attention runs
+there as if all heads shared one key of R + rope columns whose first R are the value, and Vh expands the
+result. So the cache holds R + rope numbers per token, whatever the number of heads.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from moe_runtime.batch import Batch
+from moe_runtime.kernels import Kernels
+from moe_runtime.layers.cache import LayerCache
+from moe_runtime.layers.linear import HeadLinear, Linear, Rows
+from moe_runtime.layers.norm import RmsNorm
+from moe_runtime.layers.rope import Rotation
+from moe_runtime.layers.slots import Slot
+from moe_runtime.model_config import LatentAttentionConfig
+
+
+class LatentAttention:
+    """x [T, H] -> [T, H]. ``softmax_scale`` is YaRN's factor on the attention's scale."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        config: LatentAttentionConfig,
+        hidden: int,
+        prefix: str,
+        softmax_scale: float = 1.0,
+    ) -> None:
+        self._kernels = kernels
+        self.config = config
+        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        self._scale = head_dim**-0.5 * softmax_scale
+        self._latent_dim = config.kv_lora_rank + config.qk_rope_head_dim
+        query_dim = config.num_heads * head_dim
+        latent = Rows(f"{prefix}.kv_a_proj_with_mqa", self._latent_dim, config.bias)
+        self.query_norm: RmsNorm | None = None
+        self.query_expand: Linear | None = None
+        if config.q_lora_rank is None:
+            query = Rows(f"{prefix}.q_proj", query_dim)
+        else:
+            rank, eps = config.q_lora_rank, config.latent_norm_eps
+            query = Rows(f"{prefix}.q_a_proj", rank, config.bias)
+            self.query_norm = RmsNorm(kernels, f"{prefix}.q_a_layernorm", rank, eps)
+            self.query_expand = Linear(kernels, rank, [Rows(f"{prefix}.q_b_proj", query_dim)])
+        self._split = [query.count, config.kv_lora_rank, config.qk_rope_head_dim]
+        self.inputs = Linear(kernels, hidden, [query, latent])
+        self.latent_norm = RmsNorm(
+            kernels, f"{prefix}.kv_a_layernorm", config.kv_lora_rank, config.latent_norm_eps
+        )
+        self._expand_name = f"{prefix}.kv_b_proj.weight"
+        self.absorb = HeadLinear(kernels)  # queries into latent space
+        self.expand = HeadLinear(kernels)  # attended latents to values
+        value_dim = config.num_heads * config.v_head_dim
+        self.output = Linear(kernels, value_dim, [Rows(f"{prefix}.o_proj", hidden, config.bias)])
+
+    def __call__(self, x: torch.Tensor, batch: Batch, cache: LayerCache, rotation: Rotation) -> torch.Tensor:
+        kernels, config = self._kernels, self.config
+        rank, heads = config.kv_lora_rank, config.num_heads
+        # 1. Queries, and the one latent that stands for all heads' keys and values.
+        query, latent, shared_key = self.inputs(x).split(self._split, dim=1)
+        if self.query_norm is not None and self.query_expand is not None:
+            query = self.query_expand(self.query_norm(query.contiguous()))
+        query = query.reshape(len(x), heads, -1)
+        key = torch.cat((self.latent_norm(latent.contiguous()), shared_key), dim=1).unsqueeze(1)
+        # 2. The query in latent space; its last columns, like the key's, carry the position.
+        plain, turned = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=2)
+        query = torch.cat((self.absorb(plain.contiguous()), turned), dim=2)
+        query = kernels.rope(
+            query, rotation.cos, rotation.sin, batch.positions, rotation.interleaved, offset=rank
+        )
+        key = kernels.rope(
+            key, rotation.cos, rotation.sin, batch.positions, rotation.interleaved, offset=rank
+        )
+        # 3. Into the cache, attention over it, and back to each head's values.
+        kernels.write_cache(cache.keys, key, batch.slots)
+        mixed = kernels.attention(
+            query,
+            cache.keys,
+            None,
+            batch.positions,
+            batch.sequence_rows,
+            batch.block_tables,
+            self._scale,
+            v_dim=rank,
+        )
+        return self.output(self.expand(mixed).reshape(len(x), -1))
+
+    def slots(self) -> Iterator[Slot]:
+        config = self.config
+        yield from self.inputs.slots()
+        if self.query_norm is not None and self.query_expand is not None:
+            yield from self.query_norm.slots()
+            yield from self.query_expand.slots()
+        yield from self.latent_norm.slots()
+        rows = config.num_heads * (config.qk_nope_head_dim + config.v_head_dim)
+        yield Slot(self._expand_name, (rows, config.kv_lora_rank), self._write_expand)
+        yield from self.output.slots()
+
+    def _write_expand(self, weight: torch.Tensor) -> None:
+        """Per head, the first rows of kv_b_proj make keys, the rest values."""
+        per_head = weight.view(self.config.num_heads, -1, self.config.kv_lora_rank)
+        keys, values = per_head.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=1)
+        self.absorb.write(keys.transpose(1, 2))
+        self.expand.write(values)
+
+    def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> LayerCache:
+        return LayerCache(torch.zeros(num_blocks, 1, block_size, self._latent_dim, dtype=dtype), None)
+
+    @property
+    def cache_floats_per_token(self) -> int:
+        return self._latent_dim

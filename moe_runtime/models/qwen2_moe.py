@@ -1,0 +1,45 @@
+"""Qwen2 MoE (and Qwen1.5 MoE): biases on queries, keys and values; a shared expert behind a sigmoid gate."""
+
+from moe_runtime.hf_config import Fields
+from moe_runtime.hf_rope import read_rope
+from moe_runtime.hf_shared import (
+    check_moe,
+    read_attention,
+    read_experts,
+    read_model,
+    refuse_sliding_window,
+    sparse_pattern,
+    width,
+)
+from moe_runtime.kernels import Kernels
+from moe_runtime.layers.assemble import ModelNames, assemble
+from moe_runtime.layers.decoder import Decoder
+from moe_runtime.layers.moe import MoeNames
+from moe_runtime.model_config import ModelConfig, MoeConfig
+
+
+def read_config(fields: Fields) -> ModelConfig:
+    refuse_sliding_window(fields, fields.flag("use_sliding_window", False))
+    attention = read_attention(fields, qkv_bias=fields.flag("qkv_bias", True))
+    num_experts, top_k = read_experts(fields, "num_experts")
+    moe = MoeConfig(
+        num_experts=num_experts,
+        top_k=top_k,
+        intermediate_size=width(fields, "moe_intermediate_size"),
+        shared_intermediate_size=width(fields, "shared_expert_intermediate_size"),
+        shared_gate=True,
+        norm_topk_prob=fields.flag("norm_topk_prob", False),
+    )
+    return read_model(
+        fields,
+        model_type="qwen2_moe",
+        rope=read_rope(fields, attention.head_dim),
+        attention=attention,
+        moe=check_moe(fields, moe),
+        moe_layers=sparse_pattern(fields),
+        intermediate_size=width(fields, "intermediate_size"),
+    )
+
+
+def build(config: ModelConfig, kernels: Kernels) -> Decoder:
+    return assemble(config, kernels, ModelNames(moe=MoeNames(shared="mlp.shared_expert")))
