@@ -158,10 +158,13 @@ class ChatBody(Common):
 
 
 Prompt = str | list[int]
+PROMPT_SHAPES = "a prompt is a string, a list of strings, a list of token ids, or a list of such lists"
 
 
 def _prompts(value: Any) -> list[Prompt]:
     """Text, texts, token ids or lists of token ids -> a list of prompts, none of them empty."""
+    if not isinstance(value, str | list):
+        raise _refusal(PROMPT_SHAPES)
     prompts = value if isinstance(value, list) else [value]
     if prompts and all(type(item) is int for item in prompts):
         prompts = [prompts]
@@ -170,9 +173,7 @@ def _prompts(value: Any) -> list[Prompt]:
     for prompt in prompts:
         ids = isinstance(prompt, list) and all(type(item) is int for item in prompt)
         if not ids and not isinstance(prompt, str):
-            raise _refusal(
-                "a prompt is a string, a list of strings, a list of token ids, or a list of such lists"
-            )
+            raise _refusal(PROMPT_SHAPES)
         if not prompt:
             raise _refusal("a prompt must not be empty")
     return prompts
