@@ -1,0 +1,76 @@
+"""Flags come from the dataclass, one for one, and wrong values are refused by the name of the flag."""
+
+import argparse
+import dataclasses
+
+import pytest
+
+from moe_runtime import cli
+from moe_runtime.config import EngineConfig
+from moe_runtime.errors import ConfigError
+
+
+def parse(*words: str) -> EngineConfig:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    cli.add_arguments(parser, EngineConfig)
+    return cli.from_args(parser.parse_args(words), EngineConfig)
+
+
+def test_no_flags_give_the_defaults() -> None:
+    assert parse() == EngineConfig()
+
+
+def test_every_field_is_a_flag_and_comes_back() -> None:
+    config = EngineConfig(
+        max_context=4096, max_batch_tokens=7, max_running=3, max_queue=2, block_size=32, cache_bytes=123,
+        num_blocks=9, prefix_caching=False, backend="reference", threads=2,
+    )  # fmt: skip
+    words = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        assert value != field.default, "the test must move every field"
+        flag = field.name.replace("_", "-")
+        words += [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+    assert parse(*words) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("4096", 4096),
+        ("2GiB", 2 << 30),
+        ("1.5 gib", 3 << 29),
+        ("500MB", 500_000_000),
+        ("3k", 3000),
+        ("1Ti", 1 << 40),
+    ],
+)
+def test_sizes_may_have_a_suffix(text: str, value: int) -> None:
+    assert parse("--cache-bytes", text).cache_bytes == value
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1e9", "2 XiB", "１GiB"])
+def test_what_is_not_a_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a size"):
+        cli.parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--block-size", "12"), "--block-size 12: must be a power of two"),
+        (("--max-queue", "0"), "--max-queue 0: must be at least 1"),
+        (("--cache-bytes", "0"), "--cache-bytes 0"),
+    ],
+)
+def test_values_out_of_range_name_the_flag(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(*words)
+
+
+def test_help_shows_every_default_in_readable_form() -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser, EngineConfig)
+    text = " ".join(parser.format_help().split())
+    assert "for example 2GiB (default: 1GiB)" in text
+    assert "--prefix-caching, --no-prefix-caching" in text
