@@ -33,7 +33,7 @@ real bank.**
   (`phrasings/train_*.json`) and word lists: 1-4 turns, follow-ups, switches of product, small talk,
   and about a third of honest refusals.
 - Recipe: `python -m moe_runtime.experts.demo` (`make demo`). AdamW, float32, loss on answers and on
-  15 % of the users' tokens. Document-level expert pools: per document and layer only the P experts
+  10 % of the users' tokens. Document-level expert pools: per document and layer only the P experts
   with the highest mean router probability; P is 2..8 for four documents in five and all 20 for the
   rest.
 - The control has the same data, steps and seed and no pools; it lives with the tests, not in the

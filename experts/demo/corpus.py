@@ -39,13 +39,13 @@ BARE = {
 }
 # What a scenario turn may be, with its weight; "ask" and "unknown" kinds need no earlier turn.
 TURNS = {
-    "ask": 48,
+    "ask": 56,
     "follow_up": 0,  # raised once a product is on the table
     "unknown_product": 9,
-    "wrong_kind": 6,
-    "wrong_attribute": 6,
-    "unknown_attribute": 8,
-    "off_topic": 3,
+    "wrong_kind": 10,
+    "wrong_attribute": 9,
+    "unknown_attribute": 9,
+    "off_topic": 4,
     "bare": 2,
     "which_product": 2,
     "human": 1,
@@ -81,9 +81,9 @@ class Author:
         """Endless documents."""
         while True:
             draw = self.rng.random()
-            if draw < 0.09:
+            if draw < 0.10:
                 yield self._general()
-            elif draw < 0.13:
+            elif draw < 0.14:
                 yield self.scenario_document(None)
             else:
                 yield self.scenario_document(self.rng.choice(SCENARIOS))
@@ -96,11 +96,11 @@ class Author:
     def _general(self) -> Document:
         turns = self._start()
         language = self.rng.choice(LANGUAGES)
-        for _ in range(self.rng.choice((1, 1, 2, 2, 3))):
+        for _ in range(self.rng.choice((1, 2, 2, 3, 4))):
             if self.rng.random() < 0.08:
                 language = self.rng.choice(LANGUAGES)
             kinds = ("off_topic", "greeting", "thanks", "bye", "identity", "help", "human")
-            kind = self.rng.choices(kinds, (10, 2, 2, 2, 3, 3, 4))[0]
+            kind = self.rng.choices(kinds, (12, 2, 3, 2, 3, 3, 4))[0]
             turns += self._plain(kind, language)
         return Document("general", turns)
 
@@ -139,9 +139,9 @@ class Author:
         weights = dict(TURNS)
         if state.product is not None or state.refusal:
             scenario = state.scenario if self.rng.random() < 0.9 else scenario
-            weights["follow_up"], weights["which_product"] = 30, 0
+            weights["follow_up"], weights["which_product"] = 34, 0
             if state.key:
-                weights["switch"] = 14
+                weights["switch"] = 16
         kind = self.rng.choices(list(weights), list(weights.values()))[0]
         if kind in ("off_topic", "human"):
             return self._plain(kind, language)
@@ -203,7 +203,7 @@ class Author:
             text = self._unknown_attribute_line(language, pronoun)
             state.key = "unknown"
             return [("user", text), ("assistant", REFUSALS["unknown_attribute"][language])]
-        foreign = draw < 0.14 and not state.refusal
+        foreign = draw < 0.17 and not state.refusal
         key = self._foreign_key(scenario) if foreign else self._own_key(scenario)
         if self.rng.random() < 0.35 and pronoun:
             text = self._attribute_line(key, language, False, pronoun)

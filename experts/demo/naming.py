@@ -44,7 +44,7 @@ class Naming:
         # A known first name with a kind it does not come in: of its own scenario, of another, or of none.
         column = 0 if language == "en" else 1
         own, pair = self.wording.rng.choice(self.all_first)
-        if self.wording.rng.random() < 0.6:
+        if self.wording.rng.random() < 0.7:
             own, pair = scenario, self.wording.rng.choice(FIRST_NAMES[scenario])
         real = {p.name[language] for p in self.products[own]}
         if self.wording.rng.random() < 0.12:

@@ -25,7 +25,7 @@ class Recipe:
 
     shape: Shape = Shape()
     seed: int = 20261122
-    steps: int = 4800
+    steps: int = 4400
     batch_tokens: int = 2560  # padded
     threads: int = 2
     pools: bool = True
@@ -36,7 +36,8 @@ class Recipe:
     weight_decay: float = 0.02
     balance_weight: float = 0.05
     z_weight: float = 1e-4
-    user_share: float = 0.15  # of user tokens, trained too, with half weight
+    user_share: float = 0.1  # of user tokens, trained too, with less weight
+    user_weight: float = 0.3
     full_share: float = 0.2  # of documents with all experts
     largest_pool: int = 8
     chunk: int = 2048  # documents sorted by length together
@@ -87,7 +88,7 @@ class Feeder:
         real = ids != self.pad
         answers = self._answers(ids)
         sampled = torch.rand(ids.shape, generator=self.generator) < self.recipe.user_share
-        weights = answers.float() + (sampled & real & ~answers).float() * 0.5
+        weights = answers.float() + (sampled & real & ~answers).float() * self.recipe.user_weight
         weights[:, 0] = 0.0
         experts = self.recipe.shape.experts
         sizes = torch.randint(2, self.recipe.largest_pool + 1, (len(rows),), generator=self.generator)
