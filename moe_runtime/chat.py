@@ -106,10 +106,12 @@ class ChatTemplate:
         if unknown:
             raise RequestError(f"chat template variable {unknown[0]!r} is not allowed", param=unknown[0])
 
+        table = {ord(character): stand_ins[character] for character in self._guarded}
+
         def disguise(text: str) -> str:
             for token in self._unguarded:
-                text = text.replace(token, stand_ins.get(token[0], "") + token[1:])
-            return "".join(stand_ins.get(c, c) if c in self._guarded else c for c in text) if text else text
+                text = text.replace(token, stand_ins[token[0]] + token[1:])
+            return text.translate(table)
 
         try:
             return self._template.render(
@@ -139,7 +141,12 @@ class ChatTemplate:
         _map_strings(request, note)
         private = (chr(code) for code in PRIVATE_PLANE if chr(code) not in used)
         wanted = [*self._guarded, *sorted({token[0] for token in self._unguarded})]
-        return {character: next(private) for character in wanted}
+        stand_ins = dict(zip(wanted, private, strict=False))
+        if len(stand_ins) < len(set(wanted)):
+            raise RequestError(
+                "the messages use every character of a private plane of Unicode", param="messages"
+            )
+        return stand_ins
 
     def _probe(self) -> None:
         """Render something simple now, so that a broken template stops the start, not the first request."""
