@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command's exit status: 0 after a drain, 2 for a wrong flag, folder or port, 143 when cut short."""
+    """The command's exit status: 0 after a drain, 2 for a wrong flag, folder or port."""
     arguments = parser().parse_args(argv)
     try:
         server_config = from_args(arguments, ServerConfig)
@@ -100,7 +100,7 @@ def _serve(
     ready = f"moe-serve: {name} is ready at {url} (context {engine.max_context} tokens)"
     server = Server(service, on_ready=lambda: print(ready, flush=True))
     asyncio.run(server.serve(sockets=[listener]))
-    return 143 if server.force_exit else 0
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import signal
 import socket
 import threading
@@ -55,9 +56,10 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain. Second: leave at once."""
+        """First signal: drain. Second: leave at once; nothing here needs saving, and a step may take seconds."""
         if self.should_exit:
-            self.force_exit = True
+            logger.warning("second signal: leaving at once")
+            os._exit(128 + sig)
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -72,9 +74,10 @@ class Server(uvicorn.Server):
         if gate.open_requests:
             logger.info("draining: %d requests get %g seconds to finish", gate.open_requests, seconds)
         deadline = asyncio.get_running_loop().time() + seconds
-        while gate.open_requests and not self.force_exit and asyncio.get_running_loop().time() < deadline:
+        while gate.open_requests and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
         if gate.open_requests:
             logger.warning("cutting off %d requests", gate.open_requests)
-            self.service.engine.stop()  # each gets an error event, which is written before the door closes
+            # Each gets an error event, which is written before the door closes.
+            await asyncio.to_thread(self.service.engine.stop)
         await super().shutdown(sockets)

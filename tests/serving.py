@@ -48,7 +48,7 @@ class PlainTemplate:
 
 @dataclass
 class FakeEngine:
-    """AsyncEngine's face. ``answer`` is said byte by byte, each after ``delay`` seconds; ``seen`` records calls."""
+    """AsyncEngine's face: says ``answer`` byte by byte, each after ``delay`` seconds; records what it is given."""
 
     answer: str = ANSWER
     delay: float = 0.0
@@ -76,14 +76,14 @@ class FakeEngine:
 
     def stop(self) -> None:
         self.is_alive = False
-        for stopped in self.open.values():
+        for stopped in list(self.open.values()):
             stopped.set()
 
     def stats(self) -> EngineStats:
         return EngineStats(num_running=len(self.open), num_blocks=8, num_free_blocks=6, prompt_tokens=11)
 
     def abort(self, request_id: str) -> None:
-        stopped = self.open.get(request_id)
+        stopped = self.open.pop(request_id, None)
         if stopped is not None:
             self.aborted.append(request_id)
             stopped.set()
@@ -121,10 +121,15 @@ class FakeEngine:
                 async for event in self._choice(request_id, choice, prompt_ids, params, stopped):
                     yield event
         finally:
-            del self.open[request_id]
+            self.open.pop(request_id, None)
 
     async def _choice(
-        self, request_id: str, choice: int, prompt_ids: list[int], params: SamplingParams, stopped: asyncio.Event
+        self,
+        request_id: str,
+        choice: int,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        stopped: asyncio.Event,
     ) -> AsyncIterator[TokenEvent]:
         ids = [*self.answer.encode(), END_TOKEN]
         if params.max_tokens is not None:
@@ -152,7 +157,14 @@ class FakeEngine:
             reason = ("stop" if token_id == END_TOKEN else "length") if last else None
             logprobs = None if params.logprobs is None else (self._logprob(token_id, params.logprobs),)
             yield TokenEvent(
-                request_id, choice, text, (token_id,), logprobs, reason, prompt_logprobs=prompt_logprobs, **common
+                request_id,
+                choice,
+                text,
+                (token_id,),
+                logprobs,
+                reason,
+                prompt_logprobs=prompt_logprobs,
+                **common,
             )
             prompt_logprobs = None
 

@@ -16,10 +16,11 @@ def test_the_request_is_aborted(phase: str, stream: bool, num_prompts: int) -> N
     engine = FakeEngine(**PHASES[phase])  # type: ignore[arg-type]
     body = {"model": MODEL, "prompt": ["hi"] * num_prompts, "stream": stream, "max_tokens": 1000}
     data = json.dumps(body).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: %d\r\n\r\n" % len(data)
     with serving(engine) as server:
         with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
-            connection.sendall(head % len(data) + data)
+            connection.sendall(head + data)
             assert server.wait_until(lambda: len(engine.open) == num_prompts)
             if stream and phase == "decode":
                 assert connection.recv(65536)

@@ -1,7 +1,8 @@
-"""The corpus of hostile requests (tests/corpus/requests.json) against every route: never a 500, never a dead server.
+"""The corpus of hostile requests (tests/corpus/requests.json): never a 500, never a dead server.
 
-In the corpus, ``set`` changes a good body, ``raw`` replaces it; ``{"$repeat": s, "times": n}``, ``{"$list": v,
-"times": n}``, ``{"$nest": n}`` and ``{"$absent": true}`` stand for values too large, or too empty, to write down.
+In the corpus, ``set`` changes a good body, ``raw`` replaces it; ``{"$repeat": s, "times": n}``,
+``{"$list": v, "times": n}``, ``{"$nest": n}`` and ``{"$absent": true}`` stand for values too large, or too
+empty, to write down.
 """
 
 import gzip
@@ -96,7 +97,9 @@ def test_the_good_body_that_the_corpus_changes_is_good(client: httpx.Client, pat
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/x", "/health", "/metrics", "/", "/v1"])
-@pytest.mark.parametrize("body", [b"", b"[" * 100_000, gzip.compress(b"0" * 10_000_000)], ids=["", "deep", "gzip"])
+@pytest.mark.parametrize(
+    "body", [b"", b"[" * 100_000, gzip.compress(b"0" * 10_000_000)], ids=["", "deep", "gzip"]
+)
 def test_every_other_route_refuses_a_body_politely(client: httpx.Client, path: str, body: bytes) -> None:
     answer = client.post(path, content=body)
     assert answer.status_code in {404, 405}

@@ -1,4 +1,4 @@
-"""Below HTTP: broken, slow and oversized requests on a raw socket. Each gets OpenAI's error object or a closed door."""
+"""Below HTTP: broken, slow and oversized requests on a raw socket get an error object or a closed door."""
 
 import json
 import socket
@@ -79,7 +79,9 @@ def test_a_broken_request_gets_an_error_object_and_a_closed_connection(server: R
     assert_error(server.raw(request), status, "invalid_http")
 
 
-@pytest.mark.parametrize("path", [b"/nope", b"/v1/models/../../etc/passwd", b"/%00", b"/v1//models", b"http://x/y"])
+@pytest.mark.parametrize(
+    "path", [b"/nope", b"/v1/models/../../etc/passwd", b"/%00", b"/v1//models", b"http://x/y"]
+)
 def test_unknown_paths_get_404(server: Running, path: bytes) -> None:
     answer = server.raw(b"GET " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert parse(answer)[0] == 404
