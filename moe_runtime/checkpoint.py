@@ -20,6 +20,7 @@ from moe_runtime.hf_config import parse_json, read_json
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 8
+FAULT_AROUND = 2 * 1024 * 1024  # bytes the kernel may map around a touched page of a cached file
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
@@ -91,10 +92,12 @@ class Checkpoint:
 
     def drop(self, entry: TensorEntry) -> None:
         """Give the pages of a tensor back to the system; reading it again would fetch them again."""
-        first = entry.start - entry.start % mmap.PAGESIZE
         mapped = self._maps.get(entry.path)
         if mapped is not None:
-            mapped.madvise(mmap.MADV_DONTNEED, first, entry.start + entry.num_bytes - first)
+            # A fault also maps its neighbours, so the edges of this tensor's neighbours are here too.
+            first = max(0, entry.start - FAULT_AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
+            last = min(len(mapped), entry.start + entry.num_bytes + FAULT_AROUND)
+            mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 DTYPES = {

@@ -92,10 +92,11 @@ def fill(model: Decoder, checkpoint: Checkpoint) -> int:
                 f"no part of a {model.config.model_type} model{hint}", file=entry.path.name, tensor=name
             )
     weight_bytes = 0
-    wanted = [entry for name, entry in checkpoint.entries.items() if name in slots]
-    for entry in sorted(wanted, key=lambda entry: (entry.path, entry.start)):
+    # In the model's order, so that tensors stacked into one matrix come together, whatever file they are in.
+    for slot in slots.values():
+        entry = checkpoint.entries[slot.name]
         weight = _read(entry, checkpoint, model.config)
-        slots[entry.name].write(weight)
+        slot.write(weight)
         weight_bytes += weight.numel() * weight.element_size()
         del weight
         checkpoint.drop(entry)
@@ -140,7 +141,7 @@ def _check_entry(slot: Slot, entry: TensorEntry, checkpoint: Checkpoint, config:
 
 def _check_scale(entry: TensorEntry, weight: TensorEntry, fp8: Fp8Config | None) -> None:
     where = {"file": entry.path.name, "tensor": entry.name}
-    if fp8 is None or weight.dtype != "F8_E4M3":
+    if fp8 is None or weight.dtype != "F8_E4M3" or len(weight.shape) != 2:
         raise CheckpointError("scales for a tensor that is not float8", **where)
     rows, columns = weight.shape
     shape = (-(-rows // fp8.block_rows), -(-columns // fp8.block_columns))

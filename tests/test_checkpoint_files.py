@@ -1,4 +1,4 @@
-"""Hostile and damaged safetensors files: each is refused with a message naming the file (edge.md T31, T32)."""
+"""Hostile and damaged safetensors files: each is refused with a message naming the file (T31, T32)."""
 
 import json
 import struct
