@@ -17,6 +17,8 @@ from moe_runtime.model_config import ModelConfig
 
 
 def read_config(fields: Fields) -> ModelConfig:
+    fields.expect("topk_method", "noaux_tc", "GLM-4.5 chooses by score plus bias")
+    fields.expect("scoring_func", "sigmoid", "GLM-4.5 routes by sigmoid")
     qk_norm = fields.flag("use_qk_norm", False)
     attention = read_attention(
         fields,
