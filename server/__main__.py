@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     except MoeRuntimeError as error:
         print(f"moe-serve: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except OSError as error:  # a file of the model cannot be read, the folder vanished
+        print(f"moe-serve: {error}", file=sys.stderr)
+        return USAGE_ERROR
     except KeyboardInterrupt:
         return 130
 

@@ -37,8 +37,9 @@ async def create_completion(service: Service, request: Request) -> Response:
     body, prompts, params = await prepare(request, admit)
     generation = Generation(service, record_of(request), prompts, params)
     choices = [
-        _Choice(service, body, prompts[index // params.n], body.prompt[index // params.n])
-        for index in range(len(prompts) * params.n)
+        _Choice(service, body, prompt_ids, prompt)
+        for prompt_ids, prompt in zip(prompts, body.prompt, strict=True)
+        for _ in range(params.n)
     ]
     headers = ignored_header(ignored_fields(body))
     if body.stream:
@@ -80,9 +81,10 @@ class _Choice:
         self.tokenizer = service.engine.engine.tokenizer
         self.prompt_ids = prompt_ids
         self.echo: str | None = None
-        if body.echo:
-            whole = self.tokenizer.decode(prompt_ids, skip_special_tokens=False)
-            self.echo = prompt if isinstance(prompt, str) else whole
+        if body.echo and isinstance(prompt, str):
+            self.echo = prompt
+        elif body.echo:
+            self.echo = self.tokenizer.decode(prompt_ids, skip_special_tokens=False)
         self.logprobs = CompletionLogprobs() if body.logprobs is not None else None
 
     def render(

@@ -79,7 +79,7 @@ class Generation:
         self.record = record
         self.num_choices = params.n
         self.started = time.monotonic()
-        self.open_choices = len(prompts) * params.n
+        self.total_choices = len(prompts) * params.n
         self.finish_reasons: list[str] = []
         self.request_ids = [f"{record.request_id}-{index}" for index in range(len(prompts))]
         self.cached_tokens: dict[str, int] = {}
@@ -113,8 +113,10 @@ class Generation:
                 if event.finish_reason is not None:
                     self.finish_reasons.append(event.finish_reason)
                     clock.finish(choice)
-                    if len(self.finish_reasons) == self.open_choices:
+                    if len(self.finish_reasons) == self.total_choices:
                         break
+            if len(self.finish_reasons) < self.total_choices:
+                raise EngineStopped("the engine ended before the answer was complete")
             self.record.outcome = ",".join(sorted(set(self.finish_reasons)))
             self.service.metrics.request_prompt_tokens.observe(self.record.prompt_tokens)
             self.service.metrics.request_generation_tokens.observe(self.record.completion_tokens)

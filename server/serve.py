@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain. Second: leave at once; nothing here needs saving, and a step may take seconds."""
+        """First signal: drain. Second: leave at once; nothing needs saving, and a step may take seconds."""
         if self.should_exit:
             logger.warning("second signal: leaving at once")
             os._exit(128 + sig)

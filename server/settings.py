@@ -12,8 +12,8 @@ class ServerConfig:
 
     host: str = option(
         "127.0.0.1",
-        "address to listen on; the default is for this machine only. There is neither TLS nor an API key yet, "
-        "so put a proxy in front before opening it",
+        "address to listen on; the default is for this machine only. There is neither TLS nor an API key "
+        "yet, so put a proxy in front before opening it",
     )
     port: int = option(8000, "TCP port; 0 takes a free one")
     served_model_name: str = option(

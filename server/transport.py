@@ -110,6 +110,8 @@ class Protocol(H11Protocol):
         super().data_received(data)
         if self.refused or self.transport.is_closing():
             return
+        if self.conn.their_state is not h11.SEND_BODY:
+            self._stop("linger")
         if self.conn.their_state is not h11.IDLE:
             self._stop("head")
         elif self.conn.trailing_data[0] and "head" not in self.timers:

@@ -48,7 +48,7 @@ class PlainTemplate:
 
 @dataclass
 class FakeEngine:
-    """AsyncEngine's face: says ``answer`` byte by byte, each after ``delay`` seconds; records what it is given."""
+    """AsyncEngine's face: says ``answer`` byte by byte, each after ``delay`` seconds."""
 
     answer: str = ANSWER
     delay: float = 0.0
