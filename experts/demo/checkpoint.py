@@ -92,6 +92,7 @@ def save(network: Network, folder: Path, eos: int, pad: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in to_named(network).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
     generation = {"do_sample": False, "eos_token_id": [eos, pad], "pad_token_id": pad}
     for name, content in (("config", config(network.shape, eos, pad)), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
