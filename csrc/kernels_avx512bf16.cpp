@@ -12,9 +12,7 @@ namespace {
 
 struct WeightsBF16Dot {
   static constexpr int kSteps = 1, kLineBytes = kLanes * 4, kActivation = kBFloat16;
-  typedef __m512i Raw;
-  static inline Raw load(const char* p) { return _mm512_loadu_si512(p); }
-  static inline Vec part(Raw raw, int) { return _mm512_castsi512_ps(raw); }
+  static inline Vec load(const char* p, int) { return v_load((const float*)p); }
   static inline Vec broadcast(const char* row, int64_t group, int) {
     int32_t pair;
     __builtin_memcpy(&pair, row + group * 4, 4);

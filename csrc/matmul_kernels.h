@@ -10,18 +10,14 @@
 
 struct WeightsF32 {
   static constexpr int kSteps = 1, kLineBytes = kLanes * 4, kActivation = kFloat32;
-  typedef Vec Raw;
-  static inline Raw load(const char* p) { return v_load((const float*)p); }
-  static inline Vec part(Raw raw, int) { return raw; }
+  static inline Vec load(const char* p, int) { return v_load((const float*)p); }
   static inline Vec broadcast(const char* row, int64_t group, int) { return v_set(((const float*)row)[group]); }
   static inline Vec mul_add(Vec sum, Vec a, Vec b) { return v_fma(a, b, sum); }
 };
 
 struct WeightsF16 {
   static constexpr int kSteps = 1, kLineBytes = kLanes * 2, kActivation = kFloat32;
-  typedef Vec Raw;
-  static inline Raw load(const char* p) { return v_load_f16((const uint16_t*)p); }
-  static inline Vec part(Raw raw, int) { return raw; }
+  static inline Vec load(const char* p, int) { return v_load_f16((const uint16_t*)p); }
   static inline Vec broadcast(const char* row, int64_t group, int) { return v_set(((const float*)row)[group]); }
   static inline Vec mul_add(Vec sum, Vec a, Vec b) { return v_fma(a, b, sum); }
 };
@@ -29,9 +25,7 @@ struct WeightsF16 {
 // bf16 weights, float activations: both halves of each pair are widened in registers.
 struct WeightsBF16Wide {
   static constexpr int kSteps = 2, kLineBytes = kLanes * 4, kActivation = kFloat32;
-  typedef const char* Raw;
-  static inline Raw load(const char* p) { return p; }
-  static inline Vec part(Raw p, int step) { return step ? v_pair_odd(p) : v_pair_even(p); }
+  static inline Vec load(const char* p, int step) { return step ? v_pair_odd(p) : v_pair_even(p); }
   static inline Vec broadcast(const char* row, int64_t group, int step) {
     return v_set(((const float*)row)[2 * group + step]);
   }
@@ -42,7 +36,7 @@ static constexpr int kPanelVectors = kPanelColumns / kLanes;
 static constexpr int kWidePanels = kVectorRegisters == 32 ? 2 : 1;  // panels side by side
 static constexpr int kRowTile = kVectorRegisters == 32 ? 6 : 3;     // 6 x 4 accumulators of 32 registers, 3 x 4 of 16
 static constexpr int64_t kRowChunk = 96;                            // its activations stay in L2, its sums in L1
-static constexpr int64_t kBlockGroups = 64;
+static constexpr int64_t kBlockGroups = 512;
 static constexpr int64_t kStreamAhead = 2048;                       // bytes; hardware prefetch stops at page ends
 
 struct Tile {
@@ -50,15 +44,16 @@ struct Tile {
   const char* panels;
   int64_t panel_stride;
   int64_t first_group, end_group;
-  float* sums;             // [rows][panels * 32], carried between K blocks
-  const char* prefetch[2]; // the lines this tile should bring in while it computes, one stream per panel
-  int first_line, end_line;
+  float* sums;              // [rows][panels * 32], carried between K blocks
+  const char* prefetch[2];  // this tile's share of the lines to bring in while it computes
 };
 
-template <class W, int R, int P>
+// R rows times P panels; L lines are prefetched per group: of one panel, or half of them of each of two.
+template <class W, int R, int P, int L>
 static void multiply_tile(const Tile& t) {
   constexpr int N = P * kPanelVectors;
   constexpr int64_t group_bytes = W::kLineBytes * kPanelVectors;
+  constexpr int streams = L > group_bytes / 64 ? 2 : 1;
   Vec sum[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -69,26 +64,36 @@ static void multiply_tile(const Tile& t) {
   for (int r = 0; r < R; ++r) rows[r] = t.rows[r];
   const char* panels[P];
   for (int p = 0; p < P; ++p) panels[p] = t.panels + p * t.panel_stride;
+  const char* prefetch[2] = {t.prefetch[0], t.prefetch[1]};
 
   for (int64_t g = t.first_group; g < t.end_group; ++g) {
     const int64_t at = g * group_bytes;
-    for (int line = t.first_line; line < t.end_line; ++line) {
-      constexpr int lines = group_bytes / 64;
-      _mm_prefetch(t.prefetch[line / lines] + (g - t.first_group) * group_bytes + line % lines * 64, _MM_HINT_T0);
+#pragma GCC unroll 4
+    for (int line = 0; line < L; ++line) {
+      _mm_prefetch(prefetch[line / (L / streams)] + at + line % (L / streams) * 64, L == 4 ? _MM_HINT_T0 : _MM_HINT_T1);
     }
-    typename W::Raw raw[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) raw[n] = W::load(panels[n / kPanelVectors] + at + (n % kPanelVectors) * W::kLineBytes);
 #pragma GCC unroll 2
     for (int step = 0; step < W::kSteps; ++step) {
-      Vec b[N];
+      if (kVectorRegisters == 32) {  // hold the weights, broadcast row after row
+        Vec b[N];
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) b[n] = W::part(raw[n], step);
+        for (int n = 0; n < N; ++n) b[n] = W::load(panels[n / kPanelVectors] + at + n % kPanelVectors * W::kLineBytes, step);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Vec a = W::broadcast(rows[r], g, step);
+        for (int r = 0; r < R; ++r) {
+          const Vec a = W::broadcast(rows[r], g, step);
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) sum[r][n] = W::mul_add(sum[r][n], a, b[n]);
+          for (int n = 0; n < N; ++n) sum[r][n] = W::mul_add(sum[r][n], a, b[n]);
+        }
+      } else {  // 12 sums leave four registers: hold three rows, load weight after weight
+        Vec a[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) a[r] = W::broadcast(rows[r], g, step);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+          const Vec b = W::load(panels[n / kPanelVectors] + at + n % kPanelVectors * W::kLineBytes, step);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) sum[r][n] = W::mul_add(sum[r][n], a[r], b);
+        }
       }
     }
   }
@@ -99,16 +104,16 @@ static void multiply_tile(const Tile& t) {
   }
 }
 
-template <class W, int P>
-static void multiply_rows(const Tile& t, int rows) {
+template <class W, int P, int L>
+static void multiply_rows(const Tile& t, int64_t rows) {
   switch (rows) {
-    case 1: return multiply_tile<W, 1, P>(t);
-    case 2: return multiply_tile<W, 2, P>(t);
-    case 3: return multiply_tile<W, 3, P>(t);
+    case 1: return multiply_tile<W, 1, P, L>(t);
+    case 2: return multiply_tile<W, 2, P, L>(t);
+    case 3: return multiply_tile<W, 3, P, L>(t);
 #ifdef __AVX512F__
-    case 4: return multiply_tile<W, 4, P>(t);
-    case 5: return multiply_tile<W, 5, P>(t);
-    case 6: return multiply_tile<W, 6, P>(t);
+    case 4: return multiply_tile<W, 4, P, L>(t);
+    case 5: return multiply_tile<W, 5, P, L>(t);
+    case 6: return multiply_tile<W, 6, P, L>(t);
 #endif
   }
 }
@@ -116,19 +121,22 @@ static void multiply_rows(const Tile& t, int rows) {
 // sums[row][P * 32] of one chunk of rows over the whole K.
 template <class W, int P>
 static void multiply_chunk(const MatmulArgs& args, int64_t first_row, int64_t num_rows, int64_t panel, float* sums) {
+  constexpr int64_t group_bytes = W::kLineBytes * kPanelVectors;
+  constexpr int64_t panel_lines = group_bytes / 64, lines = P * panel_lines;  // per group
   Tile t = {};
   t.panels = args.panels + panel * args.panel_stride;
   t.panel_stride = args.panel_stride;
   const int64_t tiles = (num_rows + kRowTile - 1) / kRowTile;
-  const int64_t block = tiles > 1 ? (int64_t)kBlockGroups : args.num_groups;
-  const int64_t group_bytes = W::kLineBytes * kPanelVectors;
+  const int64_t share = tiles == 1 ? lines : tiles < 4 && lines == 4 ? 2 : 1;  // lines per group and tile
+  const int64_t block = tiles > 1 ? kBlockGroups : args.num_groups;
   for (int64_t g = 0; g < args.num_groups; g += block) {
     t.first_group = g;
     t.end_group = g + block < args.num_groups ? g + block : args.num_groups;
-    // What comes next: the following K block, or the first block of the next panels of this task.
-    const int64_t next = t.end_group < args.num_groups ? t.end_group * group_bytes : P * args.panel_stride;
-    const int64_t lines = P * group_bytes / 64, shares = tiles < lines ? tiles : lines;
-    for (int p = 0; p < P; ++p) t.prefetch[p] = t.panels + p * args.panel_stride + next;
+    // Prefetch what comes next, as an offset from what is being read: the following K block, or the first block of
+    // this task's next panels. A single tile streams: it runs a fixed distance ahead.
+    const int64_t next = tiles == 1                         ? kStreamAhead
+                         : t.end_group < args.num_groups ? (t.end_group - g) * group_bytes
+                                                            : P * args.panel_stride - g * group_bytes;
     int64_t row = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       // Rows are shared out evenly, so that 32 rows become 6 6 5 5 5 5 and not 6 6 6 6 6 2.
@@ -137,16 +145,14 @@ static void multiply_chunk(const MatmulArgs& args, int64_t first_row, int64_t nu
         const int64_t index = args.row_index ? args.row_index[first_row + r] : first_row + r;
         t.rows[r - row] = args.rows + index * args.row_stride;
       }
-      if (tiles > 1) {
-        t.first_line = tile < shares ? (int)(lines * tile / shares) : 0;
-        t.end_line = tile < shares ? (int)(lines * (tile + 1) / shares) : 0;
-      } else {  // one pass: run a fixed distance ahead in the same stream
-        for (int p = 0; p < P; ++p) t.prefetch[p] = t.panels + p * args.panel_stride + kStreamAhead;
-        t.first_line = 0;
-        t.end_line = (int)lines;
-      }
       t.sums = sums + row * P * kPanelColumns;
-      multiply_rows<W, P>(t, (int)(end - row));
+      const int64_t line = tile * share;  // the first of this tile's lines in each group
+      t.prefetch[0] = t.panels + line / panel_lines * args.panel_stride + line % panel_lines * 64 + next;
+      t.prefetch[1] = t.panels + args.panel_stride + next;
+      if (line >= lines) multiply_rows<W, P, 0>(t, end - row);
+      else if (share == 1) multiply_rows<W, P, 1>(t, end - row);
+      else if (share == 2) multiply_rows<W, P, 2>(t, end - row);
+      else if (P == 2) multiply_rows<W, P, 4>(t, end - row);
       row = end;
     }
   }
