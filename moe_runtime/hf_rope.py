@@ -11,24 +11,30 @@ from moe_runtime.model_config import MAX_CONTEXT, RopeConfig
 
 
 def read_rope(
-    fields: Fields, dimensions: int, *, theta: float = 10_000.0, rotary_fraction: float = 1.0, **fixed: bool
+    fields: Fields,
+    dimensions: int,
+    *,
+    theta: float = 10_000.0,
+    rotary_fraction: float | None = None,
+    interleaved: bool = False,
 ) -> RopeConfig:
     """The rotary embedding of heads of ``dimensions``; in ``rope_parameters``, or spread over older keys.
 
-    ``theta`` and ``rotary_fraction`` are the architecture's defaults; ``fixed`` passes on ``interleaved``.
+    ``theta`` and ``rotary_fraction`` are the architecture's defaults; None: it rotates whole heads, always.
     """
     section = fields.section("rope_parameters|rope_scaling") or Fields({})
     theta = fields.number("rope_theta", 1.0, 1e12, theta)
     theta = section.number("rope_theta", 1.0, 1e12, theta)
-    fraction = fields.number("partial_rotary_factor", 0.0, 1.0, rotary_fraction)
-    fraction = section.number("partial_rotary_factor", 0.0, 1.0, fraction)
+    least = 1.0 if rotary_fraction is None else 0.0
+    fraction = fields.number("partial_rotary_factor", least, 1.0, rotary_fraction or 1.0)
+    fraction = section.number("partial_rotary_factor", least, 1.0, fraction)
     rotary_dim = int(dimensions * fraction)
     if rotary_dim < 2 or rotary_dim % 2:
         raise fields.error(
             "partial_rotary_factor", f"rotary dimension {rotary_dim} is not a positive even number"
         )
     kind = section.choice("rope_type|type", ("default", "linear", "yarn", "llama3"), "default")
-    rope = RopeConfig(theta, rotary_dim, interleaved=fixed.get("interleaved", False))
+    rope = RopeConfig(theta, rotary_dim, interleaved=interleaved)
     if kind != "default":
         rope = _scaled(fields, section, rope, kind)
     section.finish()

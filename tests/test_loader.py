@@ -129,6 +129,18 @@ def _made(folder: Path) -> Path:
     return folder
 
 
+def test_routers_norms_and_biases_may_keep_float32_in_a_half_precision_checkpoint(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "glm4_moe", torch_dtype="bfloat16")
+    before = chunked_logits(load(folder, "reference"), [PROMPT])[0]
+    tensors = load_file(folder / "model.safetensors")
+    small = {name for name in tensors if "norm" in name or name.endswith(("mlp.gate.weight", ".bias"))}
+    write_weights(folder, {name: t.float() if name in small else t for name, t in tensors.items()})
+    assert len(small) > 10
+    for backend in BACKENDS:
+        after = chunked_logits(load(folder, backend), [PROMPT])[0]
+        assert float((after - before).norm() / before.norm()) <= (0.0 if backend == "reference" else 0.25)
+
+
 def test_sharded_checkpoints_equal_single_files(good: Path, tmp_path: Path) -> None:
     sharded = tiny_checkpoint(tmp_path, shards=3)
     assert greedy(load(sharded, "reference"), PROMPT, 8) == greedy(load(good, "reference"), PROMPT, 8)

@@ -28,6 +28,10 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "huge layers": ({"num_hidden_layers": 10**30}, r"num_hidden_layers: 10+ is outside"),
     "a thousand layers": ({"num_hidden_layers": 1024}, r"layers\.2\..*: missing"),
     "huge experts": ({"num_experts": 2**31}, r"num_experts: 2147483648 is outside"),
+    "everything huge": (
+        {"num_hidden_layers": 1024, "hidden_size": 1 << 20, "head_dim": 65536, "num_attention_heads": 65536},
+        r"embed_tokens.weight: shape \[272, 32\], config.json makes it \[272, 1048576\]|layers.2.*missing",
+    ),
     "boolean for integer": ({"num_hidden_layers": True}, r"num_hidden_layers: expected an integer, got True"),
     "float for integer": ({"hidden_size": 32.0}, r"hidden_size: expected an integer, got 32.0"),
     "string for integer": ({"hidden_size": "32"}, r"hidden_size: expected an integer, got '32'"),
@@ -39,6 +43,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "missing context": ({"max_position_embeddings": None}, r"max_position_embeddings: missing"),
     "heads that do not divide": ({"num_key_value_heads": 3}, r"num_key_value_heads: 3 does not divide 4"),
     "more key heads than heads": ({"num_key_value_heads": 8}, r"num_key_value_heads: 8 is outside 1..4"),
+    "partly rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is outside 1..1"),
     "odd head": ({"head_dim": 15}, r"rotary dimension 15"),
     "end of text outside the vocabulary": ({"eos_token_id": 272}, "eos_token_id: .* in 0..271"),
     "text for end of text": ({"eos_token_id": ["</s>"]}, r"eos_token_id: expected integers"),

@@ -69,7 +69,7 @@ class Attention:
     def __call__(self, x: torch.Tensor, batch: Batch, cache: LayerCache, rotation: Rotation) -> torch.Tensor:
         kernels, config = self._kernels, self.config
         # 1. Queries, keys and values of these tokens.
-        query, key, value = (part.contiguous() for part in self.inputs(x).split(self._split, dim=1))
+        query, key, value = (part.contiguous() for part in self.inputs(x).split_with_sizes(self._split, 1))
         if config.qk_norm == "full":
             query, key = self._normed(query, key)
         if config.clip_qkv is not None:
@@ -95,7 +95,7 @@ class Attention:
             batch.block_tables,
             self._scale,
         )
-        return self.output(mixed.view(len(x), self._split[0]))
+        return self.output(mixed.view(x.shape[0], self._split[0]))
 
     def _normed(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.query_norm is None or self.key_norm is None:

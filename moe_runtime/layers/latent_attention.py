@@ -62,13 +62,13 @@ class LatentAttention:
         kernels, config = self._kernels, self.config
         rank, heads = config.kv_lora_rank, config.num_heads
         # 1. Queries, and the one latent that stands for all heads' keys and values.
-        query, latent, shared_key = self.inputs(x).split(self._split, dim=1)
+        query, latent, shared_key = self.inputs(x).split_with_sizes(self._split, 1)
         if self.query_norm is not None and self.query_expand is not None:
             query = self.query_expand(self.query_norm(query.contiguous()))
-        query = query.reshape(len(x), heads, -1)
+        query = query.reshape(x.shape[0], heads, -1)
         key = torch.cat((self.latent_norm(latent.contiguous()), shared_key), dim=1).unsqueeze(1)
         # 2. The query in latent space; its last columns, like the key's, carry the position.
-        plain, turned = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=2)
+        plain, turned = query.split_with_sizes([config.qk_nope_head_dim, config.qk_rope_head_dim], 2)
         query = torch.cat((self.absorb(plain.contiguous()), turned), dim=2)
         query = kernels.rope(
             query, rotation.cos, rotation.sin, batch.positions, rotation.interleaved, offset=rank
@@ -88,7 +88,7 @@ class LatentAttention:
             self._scale,
             v_dim=rank,
         )
-        return self.output(self.expand(mixed).reshape(len(x), -1))
+        return self.output(self.expand(mixed).reshape(x.shape[0], -1))
 
     def slots(self) -> Iterator[Slot]:
         config = self.config

@@ -37,8 +37,6 @@ class Linear:
         self._missing = len(self._parts)
         self.packed: PackedLinear
         self.bias: torch.Tensor | None = None
-        if any(part.bias for part in parts):
-            self.bias = torch.zeros(self._out_features)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self._kernels.linear(x, self.packed, self.bias)
@@ -75,8 +73,9 @@ class Linear:
             self._stack = None
 
     def _write_bias(self, rows: slice, bias: torch.Tensor) -> None:
-        if self.bias is not None:
-            self.bias[rows] = bias
+        if self.bias is None:
+            self.bias = torch.zeros(self._out_features)
+        self.bias[rows] = bias
 
 
 def pack_owned(kernels: Kernels, weight: torch.Tensor, keep: bool) -> PackedLinear:

@@ -54,27 +54,34 @@ class ExpertWeights:
 
 
 class DenseMlp:
-    """x [T, H] -> [T, H] through one gated MLP that every token visits: experts with E = 1.
+    """x [T, H] -> [T, H] through one gated MLP that every token visits: a mixture of one expert.
 
-    ``weights`` [T, 1] scales each token's result; None means 1.
+    ``gate`` names a row whose sigmoid weighs each token's result; without it the weight is 1.
     """
 
     PARTS = ("gate_proj", "up_proj", "down_proj")
+    GATED = RouterSpec(top_k=1, scoring="sigmoid")
 
-    def __init__(self, kernels: Kernels, hidden: int, intermediate: int, prefix: str) -> None:
+    def __init__(
+        self, kernels: Kernels, hidden: int, intermediate: int, prefix: str, gate: str | None = None
+    ) -> None:
         self._kernels = kernels
         self._prefix = prefix
         self.experts = ExpertWeights(kernels, 1, hidden, intermediate)
+        self.gate = None if gate is None else Linear(kernels, hidden, [Rows(gate, 1)], any_float=True)
 
-    def __call__(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-        ids = torch.zeros(len(x), 1, dtype=torch.int32)
-        if weights is None:
-            weights = torch.ones(len(x), 1)
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gate is not None:
+            ids, weights = self._kernels.route(self.gate(x), self.GATED, None)
+        else:
+            ids, weights = torch.zeros(x.shape[0], 1, dtype=torch.int32), torch.ones(x.shape[0], 1)
         result: torch.Tensor = self._kernels.fused_moe(x, ids, weights, self.experts.packed)
         return result
 
     def slots(self) -> Iterator[Slot]:
         yield from self.experts.slots(0, self._prefix, self.PARTS)
+        if self.gate is not None:
+            yield from self.gate.slots()
 
 
 class MoeMlp:
@@ -108,17 +115,13 @@ class MoeMlp:
         )
         gate = Rows(f"{prefix}.{names.gate}", config.num_experts)
         self.router = Linear(kernels, hidden, [gate], any_float=True)
-        self.selection_bias = torch.zeros(config.num_experts) if config.selection_bias else None
+        self.selection_bias: torch.Tensor | None = None
         self.experts = ExpertWeights(kernels, config.num_experts, hidden, config.intermediate_size)
         self.shared: DenseMlp | None = None
-        self.shared_gate: Linear | None = None
         if config.shared_intermediate_size:
+            shared_gate = f"{prefix}.{names.shared_gate}" if config.shared_gate else None
             self.shared = DenseMlp(
-                kernels, hidden, config.shared_intermediate_size, f"{prefix}.{names.shared}"
-            )
-        if config.shared_gate:
-            self.shared_gate = Linear(
-                kernels, hidden, [Rows(f"{prefix}.{names.shared_gate}", 1)], any_float=True
+                kernels, hidden, config.shared_intermediate_size, f"{prefix}.{names.shared}", shared_gate
             )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -128,19 +131,19 @@ class MoeMlp:
         mixed: torch.Tensor = self._kernels.fused_moe(x, expert_ids, weights, self.experts.packed)
         # 3. The expert that everyone visits.
         if self.shared is not None:
-            gate = None if self.shared_gate is None else self.shared_gate(x).sigmoid_()
-            mixed += self.shared(x, gate)
+            mixed += self.shared(x)
         return mixed
 
     def slots(self) -> Iterator[Slot]:
         yield from self.router.slots()
-        if self.selection_bias is not None:
+        if self.config.selection_bias:
             name = f"{self._prefix}.{self._names.selection_bias}"
-            yield Slot(name, (self.config.num_experts,), self.selection_bias.copy_, any_float=True)
+            yield Slot(name, (self.config.num_experts,), self._write_selection_bias, any_float=True)
         for expert_id in range(self.config.num_experts):
             prefix = f"{self._prefix}.{self._names.experts}.{expert_id}"
             yield from self.experts.slots(expert_id, prefix, self._names.parts)
         if self.shared is not None:
             yield from self.shared.slots()
-        if self.shared_gate is not None:
-            yield from self.shared_gate.slots()
+
+    def _write_selection_bias(self, bias: torch.Tensor) -> None:
+        self.selection_bias = bias.to(torch.float32, copy=True)

@@ -15,7 +15,8 @@ class RmsNorm:
         self._kernels = kernels
         self._name = name
         self._eps = eps
-        self.weight = torch.ones(size)
+        self._size = size
+        self.weight: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self._kernels.rms_norm(x, self.weight, self._eps)
@@ -30,7 +31,7 @@ class RmsNorm:
         return result
 
     def slots(self) -> Iterator[Slot]:
-        yield Slot(f"{self._name}.weight", tuple(self.weight.shape), self._write, any_float=True)
+        yield Slot(f"{self._name}.weight", (self._size,), self._write, any_float=True)
 
     def _write(self, weight: torch.Tensor) -> None:
-        self.weight.copy_(weight)
+        self.weight = weight.to(torch.float32, copy=True)

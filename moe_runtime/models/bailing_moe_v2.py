@@ -62,7 +62,7 @@ def read_config(fields: Fields) -> ModelConfig:
         selection_bias=fields.flag("moe_router_enable_expert_bias", True),
     )
     shared = fields.optional_integer("moe_shared_expert_intermediate_size", 0, moe.shared_intermediate_size)
-    rope = read_rope(fields, attention.head_dim)
+    rope = read_rope(fields, attention.head_dim, rotary_fraction=1.0)
     rotary = fields.optional_integer("rotary_dim", 1, attention.head_dim)
     if shared not in (None, moe.shared_intermediate_size, moe.intermediate_size) or rotary not in (
         None,
