@@ -58,9 +58,9 @@ def main(argv: list[str] | None = None) -> int:
 def _model(folder: Path | None, served_name: str) -> tuple[Path, str]:
     """The folder to serve and its public name. Raises ConfigError when there is no model in it."""
     if folder is None:
-        from moe_runtime.experts import demo
+        from moe_runtime.experts.demo import MODEL
 
-        folder, served_name = Path(demo.__file__).parent / "model", served_name or DEMO_NAME
+        folder, served_name = MODEL, served_name or DEMO_NAME
     if not folder.is_dir():
         raise ConfigError(f"--model {folder}: no such folder")
     if not (folder / "config.json").is_file():

@@ -13,6 +13,7 @@ from moe_runtime.server.errors import INTERNAL_ERROR, ClientGone, describe, erro
 from moe_runtime.server.metrics import Metrics
 
 RECORD = "moe.record"  # the record's key in the ASGI scope
+PROBES = ("/health", "/metrics")
 logger = logging.getLogger("moe_runtime.server")
 
 
@@ -73,7 +74,10 @@ class RequestLog:
             self._log(scope, record)
 
     def _log(self, scope: Scope, record: RequestRecord) -> None:
-        logger.info(
+        # Probes come every few seconds; while they find nothing they are not worth a line.
+        quiet = scope["path"] in PROBES and record.status == 200
+        logger.log(
+            logging.DEBUG if quiet else logging.INFO,
             "%s %s %s %s %.3fs prompt=%d cached=%d generated=%d %s",
             record.request_id,
             scope["method"],

@@ -29,8 +29,13 @@ def test_metrics_have_the_names_that_dashboards_for_vllm_look_for() -> None:
     assert answer.headers["content-type"].startswith("text/plain; version=")
     found = values(answer.text)
     label = f'{{model_name="{MODEL}"}}'
-    for name in ("num_requests_running", "num_requests_waiting", "generation_tokens_total",
-                 "num_preemptions_total", "prefix_cache_queries_total", "prefix_cache_hits_total"):  # fmt: skip
+    names = (
+        "num_requests_running",
+        "num_requests_waiting",
+        "generation_tokens_total",
+        "num_preemptions_total",
+    )
+    for name in (*names, "prefix_cache_queries_total", "prefix_cache_hits_total"):
         assert f"vllm:{name}{label}" in found
     assert found[f"vllm:kv_cache_usage_perc{label}"] == 0.25
     assert found[f"vllm:prompt_tokens_total{label}"] == 11
@@ -59,10 +64,21 @@ def test_a_dead_engine_fails_the_health_check_and_new_requests() -> None:
         assert client.get("/v1/models").status_code == 200
 
 
+def test_no_answer_shows_the_inside_of_the_house(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(FakeEngine(refusals=[ZeroDivisionError("inside, in /a/path")])) as server:
+        answer = httpx.post(f"{server.url}/v1/completions", json=BODY)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert "inside" not in answer.text
+    assert answer.headers["x-should-retry"] == "false"
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_one_log_line_per_request_without_its_words(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "moe_runtime.server")
     with serving(FakeEngine()) as server, httpx.Client(base_url=server.url) as client:
         good = client.post("/v1/completions?query=hidden", json=BODY)
+        client.get("/health")
         client.get("/nothing%0Ahere")
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("req_")]
     assert len(lines) == 2

@@ -1,7 +1,9 @@
 """The whole way down: HTTP, engine, a random tiny checkpoint."""
 
 import json
+import os
 import socket
+import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -153,6 +155,24 @@ def test_a_client_that_leaves_frees_its_blocks(server: Running, stream: bool) ->
         connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(data) + data)
         assert server.wait_until(lambda: server.engine.stats().num_running > 0)
     assert server.wait_until(lambda: server.engine.stats().finished_abort > before)
+
+
+def test_a_storm_of_clients_that_hang_up_leaves_nothing_behind(
+    server: Running, client: openai.OpenAI
+) -> None:
+    data = json.dumps({"model": MODEL, "prompt": "a" * 200, "max_tokens": 100, "stream": True}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    request = head + b"Content-Length: %d\r\n\r\n" % len(data) + data
+    num_files = len(os.listdir("/proc/self/fd"))
+    for number in range(200):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+            hard = struct.pack("ii", 1, 0)  # close with a reset, as a killed client does
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, hard)
+            connection.sendall(request[: len(request) - (number % 3) * 50])
+    assert server.wait_until(lambda: server.service.gate.open_requests == 0)
+    assert server.service.gate.buffered_bytes == 0
+    assert server.wait_until(lambda: len(os.listdir("/proc/self/fd")) <= num_files)
+    assert client.completions.create(model=MODEL, prompt="a").usage is not None
 
 
 def test_the_counters_move(client: openai.OpenAI, server: Running) -> None:
