@@ -100,7 +100,7 @@ class AsyncEngine:
         self.engine = engine
         self._lock = threading.Condition()  # guards what follows; an RLock, as a finalizer may abort anywhere
         self._inbox: list[Order] = []
-        self._num_ordered = 0  # choices in the inbox, or taken from it but not yet counted in the stats
+        self._num_choices = 0  # open ones, of all routes
         self._routes: dict[str, Route] = {}
         self._stats = engine.stats()
         self._refusal = "the engine has not started"
@@ -132,7 +132,7 @@ class AsyncEngine:
                 raise RequestError(f"request id {request_id!r} is in use", param="request_id")
             self._refuse_overload(params.n)
             self._routes[request_id] = route
-            self._num_ordered += params.n
+            self._num_choices += params.n
             self._inbox.append(Order(request_id, tuple(prompt_ids), params, salt))
             self._lock.notify_all()
         return RequestStream(self, request_id, route)
@@ -182,13 +182,11 @@ class AsyncEngine:
         return len(self._routes)
 
     def _refuse_overload(self, num_choices: int) -> None:
-        stats, config = self._stats, self.engine.config
-        free_places = 0 if stats.num_waiting else config.max_running - stats.num_running
-        waiting = stats.num_waiting + self._num_ordered
-        if waiting + num_choices > config.max_queue + free_places:
+        limit = self.engine.config.max_running + self.engine.config.max_queue
+        if self._num_choices + num_choices > limit:
             raise Overloaded(
-                f"{waiting} sequences are waiting and this request needs {num_choices} more, the limit is "
-                f"{config.max_queue}; try again later or raise --max-queue"
+                f"{self._num_choices} sequences run or wait and this request needs {num_choices} more, the "
+                f"limit is {limit} (--max-running plus --max-queue); try again later or raise --max-queue"
             )
 
     def _wait_until_idle(self, timeout: float) -> bool:
@@ -207,7 +205,12 @@ class AsyncEngine:
         finally:
             with self._lock:
                 self._refusal = self._refusal or "the engine has died"
-                self._end_without_engine(self._refusal, self._routes)
+                reason: FinishReason = "abort" if self._stopping else "error"
+                self._publish(
+                    TokenEvent(name, choice, finish_reason=reason, error=self._refusal)
+                    for name, route in list(self._routes.items())
+                    for choice in sorted(route.open_choices)
+                )
 
     def _take_orders(self) -> list[Order] | None:
         """Wait for something to do; None when it is time to end."""
@@ -224,11 +227,7 @@ class AsyncEngine:
         except Exception:  # this request only; the log has the story
             LOGGER.exception("request %s could not be added", order.request_id)
             self.engine.abort(order.request_id)
-            self._end_without_engine("the engine could not take this request", [order.request_id])
-        finally:
-            with self._lock:
-                self._stats = self.engine.stats()
-                self._num_ordered -= order.params.n
+            self._end_lost("the engine could not take this request", [order.request_id])
         return []
 
     def _step(self) -> list[TokenEvent]:
@@ -241,7 +240,7 @@ class AsyncEngine:
             with self._lock:
                 # A choice may have ended inside the step that failed, its last event lost with it.
                 not_yet_added = {order.request_id for order in self._inbox}
-                self._end_without_engine(message, self._routes.keys() - not_yet_added)
+                self._end_lost(message, self._routes.keys() - not_yet_added)
             return []
 
     def _publish(self, events: Iterable[TokenEvent]) -> None:
@@ -255,6 +254,7 @@ class AsyncEngine:
                 deliveries.setdefault(route.loop, []).append((route, event))
                 if event.finish_reason is not None:
                     route.open_choices.discard(event.choice)
+                    self._num_choices -= 1
                     if not route.open_choices:
                         del self._routes[event.request_id]
             self._stats = self.engine.stats()
@@ -270,15 +270,15 @@ class AsyncEngine:
             for _, event in batch:
                 self.abort(event.request_id)
 
-    def _end_without_engine(self, message: str, request_ids: Iterable[str]) -> None:
-        """Last events for the choices of ``request_ids`` that the engine knows nothing about (any more)."""
-        reason: FinishReason = "abort" if self._stopping else "error"
-        lost = [
-            TokenEvent(name, choice, finish_reason=reason, error=message)
-            for name in request_ids
-            for choice in sorted(self._routes[name].open_choices - self.engine.open_choices(name))
-        ]
-        self._publish(lost)
+    def _end_lost(self, message: str, request_ids: Iterable[str]) -> None:
+        """Last events for those choices of ``request_ids`` that the engine knows nothing about (any more)."""
+        self._publish(
+            [
+                TokenEvent(name, choice, finish_reason="error", error=message)
+                for name in request_ids
+                for choice in sorted(self._routes[name].open_choices - self.engine.open_choices(name))
+            ]
+        )
 
 
 def _deliver(batch: list[tuple[Route, TokenEvent]]) -> None:

@@ -28,7 +28,9 @@ class EngineConfig:
         512, "tokens computed per step; longer prompts are taken in chunks of this"
     )
     max_running: int = option(64, "sequences that hold cache blocks at the same time")
-    max_queue: int = option(512, "sequences that may wait for a place; more are refused with status 429")
+    max_queue: int = option(
+        512, "sequences accepted beyond --max-running, to wait; more are refused (status 429)"
+    )
     block_size: int = option(16, "tokens per cache block, a power of two")
     cache_bytes: int = option(
         DEFAULT_CACHE_BYTES, "memory for keys and values of all sequences, for example 2GiB", unit="bytes"

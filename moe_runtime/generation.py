@@ -2,8 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import accumulate
 
 from moe_runtime.detokenizer import StopStrings, detokenizer_for
 from moe_runtime.output import FinishReason, TokenEvent, TokenLogprob, TopLogprob
@@ -172,5 +171,5 @@ class Generation:
 
 def rows_of(chunks: tuple[Chunk, ...], logits: Logits) -> list[Logits]:
     """``logits`` (R, V) of a whole step, split into each chunk's own rows."""
-    ends = np.cumsum([chunk.end - chunk.logit_start for chunk in chunks])
-    return np.split(logits, ends[:-1])
+    ends = list(accumulate(chunk.end - chunk.logit_start for chunk in chunks))
+    return [logits[start:end] for start, end in zip([0, *ends], ends, strict=False)]
