@@ -6,6 +6,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moe_runtime import kernels, loader
 from moe_runtime.batch import Batch
 from moe_runtime.chat import ChatTemplate
@@ -71,6 +73,9 @@ class Engine:
         tokenizer = Tokenizer.load(model_dir)
         chat = ChatTemplate.load(model_dir, tokenizer)
         params = default_params(model_dir)
+        if config.threads is not None:
+            kernels.set_num_threads(config.threads)
+            torch.set_num_threads(config.threads)
         model = loader.load_model(model_dir, kernels.choose(config.backend))
         return cls(model, tokenizer, config, chat=chat, params=params)
 

@@ -23,6 +23,7 @@ Row = npt.NDArray[np.float64]
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 16
+SHORT_SORTS = (1024, 16384)
 SEED_RANGE = (-(2**63), 2**63 - 1)
 
 
@@ -171,9 +172,7 @@ def best_tokens(logprobs: Row, count: int) -> list[int]:
     """Ids of the ``count`` largest entries of ``logprobs`` (V,), largest first, equal ones by id."""
     if count <= 0:
         return []
-    count = min(count, len(logprobs))
-    threshold = np.partition(logprobs, -count)[-count]
-    candidates = np.flatnonzero(logprobs >= threshold)  # ascending ids, so the stable sort breaks ties by id
+    candidates = _largest(logprobs, count)  # ascending ids, so the stable sort breaks ties by id
     order = np.argsort(-logprobs[candidates], kind="stable")
     return [int(token_id) for token_id in candidates[order[:count]]]
 
@@ -234,13 +233,27 @@ def keep_top_k(row: Row, params: SamplingParams) -> Row:
 def keep_top_p(row: Row, params: SamplingParams) -> Row:
     """Keep the smallest set of most likely tokens whose mass reaches top_p; of equal ones, low ids first."""
     if params.top_p < 1.0:
-        candidates = np.flatnonzero(row > -np.inf)  # few after top_k, so the sort is short
+        weights = np.exp(row - row.max())
+        wanted = params.top_p * weights.sum()
+        for count in (*SHORT_SORTS, len(row)):  # sorting a whole vocabulary takes longer than all the rest
+            candidates = _largest(row, count)
+            if weights[candidates].sum() >= wanted:
+                break
         order = candidates[np.argsort(-row[candidates], kind="stable")]
-        mass = np.cumsum(np.exp(row[order] - row.max()))
-        num_kept = int(np.searchsorted(mass, params.top_p * mass[-1], side="left")) + 1
-        row = row.copy()
-        row[order[num_kept:]] = -np.inf
+        num_kept = int(np.searchsorted(np.cumsum(weights[order]), wanted, side="left")) + 1
+        kept = np.full_like(row, -np.inf)
+        kept[order[:num_kept]] = row[order[:num_kept]]
+        row = kept
     return row
+
+
+def _largest(row: Row, count: int) -> npt.NDArray[np.int64]:
+    """Ids, ascending, of the ``count`` largest entries and of all equal to the last of them; none of -inf."""
+    ids = np.flatnonzero(row > -np.inf)
+    if count >= len(ids):
+        return ids
+    values = row[ids]
+    return ids[values >= np.partition(values, -count)[-count]]
 
 
 # In the order they apply. To add a filter, write the function and name it here.

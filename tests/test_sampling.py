@@ -44,6 +44,17 @@ def test_top_p_keeps_the_smallest_set_with_that_mass(row: Any, top_p: float) -> 
     assert math.fsum(probabilities[i] for i in order[: len(result) - 1]) < top_p + 1e-12
 
 
+@pytest.mark.parametrize("top_p", [0.001, 0.5, 0.9, 0.999, 1 - 1e-16])
+@pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
+def test_top_p_of_a_large_vocabulary_is_that_of_a_full_sort(top_p: float, scale: float) -> None:
+    row = np.round(np.random.default_rng(1).normal(0, scale, 20_000), 2)  # rounded, so that many are equal
+    order = np.argsort(-row, kind="stable")
+    mass = np.cumsum(np.exp(row[order] - row.max()))
+    num_kept = np.searchsorted(mass, top_p * mass[-1] * (1 - 1e-12)) + 1
+    result = kept(sampling.keep_top_p(row, SamplingParams(top_p=top_p)))
+    assert abs(len(result) - num_kept) <= 1 and result == set(order[: len(result)].tolist())
+
+
 @given(row=ROWS, min_p=st.floats(0.0, 1.0))
 @settings(derandomize=True, deadline=None)
 def test_min_p_drops_what_is_unlikely_beside_the_best(row: Any, min_p: float) -> None:
