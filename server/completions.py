@@ -115,16 +115,19 @@ async def _rendered(
     wanted = bool(body.echo) and body.logprobs is not None
     known: dict[int, Sequence[TokenLogprob | None]] = {}
     held: list[tuple[int, TokenEvent]] = []
+
+    def ready(choice: int) -> bool:
+        return not wanted or choice // generation.num_choices in known
+
     async with aclosing(generation.events()) as events:
         async for choice, event in events:
             held.append((choice, event))
             if event.prompt_logprobs is not None:
                 known[choice // generation.num_choices] = event.prompt_logprobs
-            ready = [item for item in held if not wanted or item[0] // generation.num_choices in known]
-            held = [item for item in held if wanted and item[0] // generation.num_choices not in known]
-            for index, ripe in ready:
+            for index, ripe in [item for item in held if ready(item[0])]:
                 text, logprobs = choices[index].render(ripe, known.get(index // generation.num_choices))
                 yield index, text, logprobs, ripe.finish_reason
+            held = [item for item in held if not ready(item[0])]
     if held:
         raise RequestFailed("the engine gave no log-probabilities for the prompt")
 

@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -101,29 +102,27 @@ class Generation:
         """(choice of the whole request, event) in order of arrival. Raises RequestFailed, EngineStopped."""
         clock = _Clock(self.service.metrics, self.started)
         try:
-            async for index, event in _merge(self.streams):
-                choice = index * self.num_choices + event.choice
-                self._account(event)
-                clock.tick(choice, len(event.token_ids))
-                if event.finish_reason == "error":
-                    raise RequestFailed(event.error or "the model's output was not a number")
-                if event.finish_reason == "abort":
-                    raise EngineStopped(event.error or "the server stopped before the answer was complete")
-                yield choice, event
-                if event.finish_reason is not None:
-                    self.finish_reasons.append(event.finish_reason)
-                    clock.finish(choice)
-                    if len(self.finish_reasons) == self.total_choices:
-                        break
+            async with aclosing(_merge(self.streams)) as merged:
+                async for index, event in merged:
+                    choice = index * self.num_choices + event.choice
+                    self._account(event)
+                    clock.tick(choice, len(event.token_ids))
+                    yield choice, event
+                    if event.finish_reason is not None:
+                        self.finish_reasons.append(event.finish_reason)
             if len(self.finish_reasons) < self.total_choices:
                 raise EngineStopped("the engine ended before the answer was complete")
             self.record.outcome = ",".join(sorted(set(self.finish_reasons)))
-            self.service.metrics.request_prompt_tokens.observe(self.record.prompt_tokens)
-            self.service.metrics.request_generation_tokens.observe(self.record.completion_tokens)
+            clock.finish(self.record)
         finally:
             self.abort()
 
     def _account(self, event: TokenEvent) -> None:
+        """Count an event; raises when it says that the answer will never be complete."""
+        if event.finish_reason == "error":
+            raise RequestFailed(event.error or "the model's output was not a number")
+        if event.finish_reason == "abort":
+            raise EngineStopped(event.error or "the server stopped before the answer was complete")
         self.record.completion_tokens += len(event.token_ids)
         # Later choices of one prompt find it in the cache because of the first one; the client paid for that.
         self.cached_tokens.setdefault(event.request_id, event.num_cached_tokens)
@@ -162,13 +161,14 @@ class _Clock:
         self.last[choice] = now
         self.num_tokens[choice] = self.num_tokens.get(choice, 0) + num_tokens
 
-    def finish(self, choice: int) -> None:
+    def finish(self, record: RequestRecord) -> None:
         self.metrics.request_latency.observe(time.monotonic() - self.started)
-        num_later_tokens = self.num_tokens.get(choice, 0) - 1
-        if num_later_tokens > 0:
-            self.metrics.time_per_output_token.observe(
-                (self.last[choice] - self.first[choice]) / num_later_tokens
-            )
+        self.metrics.request_prompt_tokens.observe(record.prompt_tokens)
+        self.metrics.request_generation_tokens.observe(record.completion_tokens)
+        for choice, num_tokens in self.num_tokens.items():
+            if num_tokens > 1:
+                seconds = self.last[choice] - self.first[choice]
+                self.metrics.time_per_output_token.observe(seconds / (num_tokens - 1))
 
 
 async def _merge(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, TokenEvent], None]:

@@ -35,6 +35,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 timeout_keep_alive=config.keep_alive,  # type: ignore[arg-type]
                 timeout_graceful_shutdown=1,  # for the connections; requests were waited for in ``shutdown``
             )

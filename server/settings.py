@@ -25,7 +25,7 @@ class ServerConfig:
     )
     max_header_bytes: int = option(32 << 10, "largest request head; more gets 431", unit="bytes")
     max_headers: int = option(100, "most header lines in a request; more gets 431")
-    max_connections: int = option(1024, "open connections; more get 503")
+    max_connections: int = option(512, "open connections; more get 503")
     max_choices: int = option(64, "most choices of one request: its prompts times its 'n'")
     header_timeout: float = option(10.0, "seconds in which a request's head must arrive, however it trickles")
     body_timeout: float = option(60.0, "seconds in which a request's body must arrive; later gets 408")
