@@ -8,9 +8,10 @@ used as paths. Knows nothing of models.
 import mmap
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -100,16 +101,16 @@ class Checkpoint:
             mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
-DTYPES = {
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType({
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
-}
-ITEM_BYTES = {
+})  # fmt: skip
+ITEM_BYTES: Mapping[str, int] = MappingProxyType({
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2,
     "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
+})  # fmt: skip
 
 
 def _list_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:

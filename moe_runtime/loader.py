@@ -4,6 +4,7 @@ All that can be wrong with a checkpoint is found here and raised as CheckpointEr
 Peak memory is the weights plus the largest single matrix.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -184,7 +185,7 @@ def _check_finite(tensor: torch.Tensor, entry: TensorEntry) -> None:
         else:
             # The extremes of a part with NaN are NaN, of one with infinity infinite.
             low, high = part.aminmax()
-            bad = not (bool(low.isfinite()) and bool(high.isfinite()))
+            bad = not (math.isfinite(low) and math.isfinite(high))
         if bad:
             index = next(i for i, value in enumerate(part.float().tolist(), start) if value - value != 0)
             where = ", ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(index), tensor.shape))

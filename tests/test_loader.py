@@ -109,8 +109,10 @@ def test_end_of_text_comes_from_the_generation_config(good: Path) -> None:
 def test_half_precision_checkpoints_run_as_their_widened_copies(
     tmp_path: Path, architecture: str, dtype: str, backend: str
 ) -> None:
-    """float16 logits differ by the order of sums only. bfloat16 ones by the rounding of the cache, 2^-9, and
-    on the fast path of the activations too, with which a token near a tie may choose another expert."""
+    """float16 logits differ by the order of sums only; bfloat16 ones by the rounding of the cache, 2^-9, and
+    on the fast path of the activations too. With that a token near a tie may choose another expert, so the
+    bound is on the median token; transformers in bfloat16 is at about 0.01 by the same measure.
+    """
     folder = tiny_checkpoint(tmp_path / "half", architecture, torch_dtype=dtype)
     wide = edit_config(copy_of(folder, _made(tmp_path / "wide")), torch_dtype="float32")
     tensors = load_file(folder / "model.safetensors")
@@ -120,8 +122,9 @@ def test_half_precision_checkpoints_run_as_their_widened_copies(
     ours = chunked_logits(model, [PROMPT])[0]
     expected = chunked_logits(load(wide, "reference"), [PROMPT])[0]
     assert model.config.weight_bytes == sum(t.numel() * t.element_size() for t in tensors.values())
-    error = float((ours - expected).norm() / expected.norm())
-    assert error <= {"float16": 1e-5, "bfloat16": 0.05 if backend == "reference" else 0.25}[dtype]
+    error = float(((ours - expected).norm(dim=1) / expected.norm(dim=1)).median())
+    print(f"{architecture} {dtype} {backend}: median relative error {error:.1e}")
+    assert error <= {"float16": 2e-6, "bfloat16": 0.005 if backend == "reference" else 0.02}[dtype]
 
 
 def _made(folder: Path) -> Path:
@@ -138,7 +141,8 @@ def test_routers_norms_and_biases_may_keep_float32_in_a_half_precision_checkpoin
     assert len(small) > 10
     for backend in BACKENDS:
         after = chunked_logits(load(folder, backend), [PROMPT])[0]
-        assert float((after - before).norm() / before.norm()) <= (0.0 if backend == "reference" else 0.25)
+        errors = (after - before).norm(dim=1) / before.norm(dim=1)
+        assert float(errors.median()) <= (0.0 if backend == "reference" else 0.02)
 
 
 def test_sharded_checkpoints_equal_single_files(good: Path, tmp_path: Path) -> None:
