@@ -4,6 +4,8 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
+#include <mutex>
 
 #include "errors.h"
 
@@ -12,7 +14,7 @@ namespace {
 struct Isa {
   const char* name;
   bool (*supported)();
-  const KernelTable* (*table)();
+  void (*fill)(KernelTable*);
 };
 
 uint32_t extended_control_register() {
@@ -55,6 +57,15 @@ const Isa kIsas[] = {
 
 std::atomic<const KernelTable*> selected{nullptr};
 
+// Filled once, on machines that can run it; the table of every ISA has its place in memory for good.
+const KernelTable* table_of(const Isa& isa) {
+  static KernelTable tables[std::size(kIsas)];
+  static std::once_flag filled[std::size(kIsas)];
+  const size_t index = &isa - kIsas;
+  std::call_once(filled[index], [&] { isa.fill(&tables[index]); });
+  return &tables[index];
+}
+
 std::string join(const std::vector<std::string>& names) {
   std::string text;
   for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
@@ -85,7 +96,7 @@ void select_isa(const std::string& name) {
   for (const Isa& isa : kIsas) {
     known = known || wanted == isa.name;
     if ((wanted.empty() || wanted == isa.name) && isa.supported()) {
-      selected.store(isa.table(), std::memory_order_release);
+      selected.store(table_of(isa), std::memory_order_release);
       return;
     }
   }

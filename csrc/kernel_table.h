@@ -60,9 +60,9 @@ struct KernelTable {
   void (*attention_finish)(const float* sum, const float* in, float* out, int64_t dim);
 };
 
-// One function per ISA object file; the only symbols those files export.
+// One function per ISA object file, which fills its table; the only symbols those files export.
 extern "C" {
-const KernelTable* moe_kernels_avx2();
-const KernelTable* moe_kernels_avx512();
-const KernelTable* moe_kernels_avx512bf16();
+void moe_kernels_avx2(KernelTable* table);
+void moe_kernels_avx512(KernelTable* table);
+void moe_kernels_avx512bf16(KernelTable* table);
 }

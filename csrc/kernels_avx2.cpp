@@ -10,19 +10,20 @@ namespace {
 #include "matmul_kernels.h"
 #include "attention_kernels.h"
 
-const KernelTable table = {
-    "avx2",
-    {kFloat32, kFloat32, kFloat32},
-    {matmul<WeightsF32, false>, matmul<WeightsBF16Wide, false>, matmul<WeightsF16, false>},
-    {matmul<WeightsF32, true>, matmul<WeightsBF16Wide, true>, matmul<WeightsF16, true>},
-    convert,
-    rms_norm,
-    silu_mul,
-    weighted_sum,
-    attention_part,
-    attention_merge,
-    attention_finish,
-};
 }  // namespace
 
-extern "C" __attribute__((visibility("hidden"))) const KernelTable* moe_kernels_avx2() { return &table; }
+extern "C" __attribute__((visibility("hidden"))) void moe_kernels_avx2(KernelTable* table) {
+  *table = {
+      "avx2",
+      {kFloat32, kFloat32, kFloat32},
+      {matmul<WeightsF32, false>, matmul<WeightsBF16Wide, false>, matmul<WeightsF16, false>},
+      {matmul<WeightsF32, true>, matmul<WeightsBF16Wide, true>, matmul<WeightsF16, true>},
+      convert,
+      rms_norm,
+      silu_mul,
+      weighted_sum,
+      attention_part,
+      attention_merge,
+      attention_finish,
+  };
+}

@@ -22,18 +22,12 @@ struct WeightsBF16Dot {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
   }
 };
-
-KernelTable with_dot_products() {
-  KernelTable table = *moe_kernels_avx512();
-  table.name = "avx512bf16";
-  table.activation[kBFloat16] = kBFloat16;
-  table.matmul[kBFloat16] = matmul<WeightsBF16Dot, false>;
-  table.gate_up[kBFloat16] = matmul<WeightsBF16Dot, true>;
-  return table;
-}
 }  // namespace
 
-extern "C" __attribute__((visibility("hidden"))) const KernelTable* moe_kernels_avx512bf16() {
-  static const KernelTable table = with_dot_products();
-  return &table;
+extern "C" __attribute__((visibility("hidden"))) void moe_kernels_avx512bf16(KernelTable* table) {
+  moe_kernels_avx512(table);
+  table->name = "avx512bf16";
+  table->activation[kBFloat16] = kBFloat16;
+  table->matmul[kBFloat16] = matmul<WeightsBF16Dot, false>;
+  table->gate_up[kBFloat16] = matmul<WeightsBF16Dot, true>;
 }

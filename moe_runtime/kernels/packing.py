@@ -47,17 +47,41 @@ def new_experts(num_experts: int, hidden: int, intermediate: int, dtype: torch.d
     return PackedExperts(gate_up, down, num_experts, hidden, intermediate, dtype, "panels")
 
 
-def pack_expert(experts: PackedExperts, expert_id: int, part: str, weight: torch.Tensor) -> None:
+def _home(experts: PackedExperts, expert_id: int, part: str) -> tuple[int, int, int, torch.Tensor]:
+    """N, K, csrc's PackTarget and the bytes of one matrix of one expert."""
     op = "pack_expert"
     check_layout(op, experts.layout)
     if not 0 <= expert_id < experts.num_experts:
         raise failure(op, "expert_id", f"0 <= id < {experts.num_experts}", expert_id)
-    if part not in ("gate", "up", "down"):
-        raise failure(op, "part", "'gate', 'up' or 'down'", repr(part))
     if part == "down":
-        n, k, target, home = experts.hidden, experts.intermediate, 0, experts.down
-    else:
-        n, k, target, home = experts.intermediate, experts.hidden, 2 if part == "up" else 1, experts.gate_up
+        return experts.hidden, experts.intermediate, 0, experts.down[expert_id]
+    if part not in ("gate", "up"):
+        raise failure(op, "part", "'gate', 'up' or 'down'", repr(part))
+    target = 2 if part == "up" else 1
+    return experts.intermediate, experts.hidden, target, experts.gate_up[expert_id]
+
+
+def pack_expert(experts: PackedExperts, expert_id: int, part: str, weight: torch.Tensor) -> None:
+    n, k, target, home = _home(experts, expert_id, part)
     source = weight.contiguous()
-    address = check(op, part, source, (n, k), experts.dtype)
-    _C.pack(address, n, k, weight_tag(op, part, experts.dtype), target, home[expert_id].data_ptr())
+    address = check("pack_expert", part, source, (n, k), experts.dtype)
+    _C.pack(address, n, k, weight_tag("pack_expert", part, experts.dtype), target, home.data_ptr())
+
+
+def unpack_linear(packed: PackedLinear) -> torch.Tensor:
+    """[N, K], or [heads, N, K] for several heads: the tensor that was packed, bit for bit."""
+    n, k, heads = packed.out_features, packed.in_features, packed.heads
+    out = torch.empty(heads, n, k, dtype=packed.dtype)
+    tag = weight_tag("unpack_linear", "packed", packed.dtype)
+    for head in range(heads):
+        _C.unpack(packed.data[head].data_ptr(), n, k, tag, 0, out[head].data_ptr())
+    return out[0] if heads == 1 else out
+
+
+def unpack_expert(experts: PackedExperts, expert_id: int, part: str) -> torch.Tensor:
+    """gate and up [I, H], down [H, I], bit for bit as they were packed."""
+    n, k, target, home = _home(experts, expert_id, part)
+    out = torch.empty(n, k, dtype=experts.dtype)
+    tag = weight_tag("unpack_expert", "experts", experts.dtype)
+    _C.unpack(home.data_ptr(), n, k, tag, target, out.data_ptr())
+    return out

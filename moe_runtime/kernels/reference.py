@@ -110,7 +110,7 @@ def route(
         choice = choice + bias.float()
     choice = choice.nan_to_num(nan=lowest, neginf=lowest, posinf=highest)
     if spec.num_groups > 1:
-        grouped = choice.view(num_tokens, spec.num_groups, -1)
+        grouped = choice.view(num_tokens, spec.num_groups, num_experts // spec.num_groups)
         best = grouped.sort(dim=-1, descending=True, stable=True).values
         group_scores = best[..., 0]
         if spec.group_score == "top2_sum" and best.shape[-1] > 1:

@@ -1,0 +1,164 @@
+"""Paged attention and cache writes: float64 truth; tokens do not depend on chunks, blocks or neighbours."""
+
+import pytest
+import torch
+from kernels.oracle import EPS, SAFETY, assert_within
+
+from moe_runtime.errors import KernelError
+from moe_runtime.kernels import cpu, reference
+
+# query heads, key heads, key width, value width (None: values are the first columns of the keys), block size
+SHAPES = {
+    "gqa": (8, 2, 128, 128, 16),
+    "mha": (4, 4, 64, 64, 32),
+    "odd": (6, 2, 20, 12, 8),
+    "mla": (20, 1, 72, None, 16),
+    "mla_wide": (16, 1, 576, None, 32),
+}
+MLA_VALUES = {"mla": 56, "mla_wide": 512}
+
+
+class World:
+    """Sequences of given lengths in shuffled blocks of one cache."""
+
+    def __init__(
+        self, shape: str, lengths: list[int], dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> None:
+        heads, kv_heads, key_dim, value_dim, block_size = SHAPES[shape]
+        torch.manual_seed(seed)
+        self.block_size, self.scale = block_size, key_dim**-0.5
+        per_sequence = max(-(-length // block_size) for length in lengths)
+        num_blocks = len(lengths) * per_sequence + 2
+        self.keys = torch.randn(num_blocks, kv_heads, block_size, key_dim).to(dtype)
+        self.values = None
+        if value_dim is not None:
+            self.values = torch.randn(num_blocks, kv_heads, block_size, value_dim).to(dtype)
+        self.value_dim = value_dim or MLA_VALUES[shape]
+        tables = torch.randperm(num_blocks)[: len(lengths) * per_sequence]
+        self.tables = tables.view(len(lengths), per_sequence).int()
+        self.positions = torch.cat([torch.arange(length) for length in lengths]).int()
+        self.rows = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()
+        self.q = torch.randn(len(self.rows), heads, key_dim)
+
+    def run(self, tokens: torch.Tensor) -> torch.Tensor:
+        return cpu.attention(
+            self.q[tokens], self.keys, self.values, self.positions[tokens], self.rows[tokens], self.tables,
+            self.scale, self.value_dim,
+        )  # fmt: skip
+
+    def truth(self, tokens: torch.Tensor) -> torch.Tensor:
+        return reference.attention(
+            self.q[tokens].double(), self.keys, self.values, self.positions[tokens], self.rows[tokens],
+            self.tables, self.scale, self.value_dim,
+        )  # fmt: skip
+
+    def bound(self) -> float:
+        """Scores err by d; softmax then by a factor within e^(2d); the output is a mean of values."""
+        key_dim, longest = self.keys.shape[-1], int(self.positions.max()) + 1
+        values = self.keys if self.values is None else self.values
+        norms = self.q.norm(dim=-1).max() * self.keys.float().norm(dim=-1).max()
+        score_error = SAFETY * key_dim**0.5 * EPS * float(norms) * self.scale
+        return (2 * score_error + SAFETY * (longest**0.5 + 8) * EPS) * float(values.float().abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_within_the_error_bound(isa: str, shape: str, dtype: torch.dtype) -> None:
+    for lengths in ([1], [2, 1, 33], [300], [257, 16, 255]):
+        world = World(shape, lengths, dtype)
+        tokens = torch.arange(len(world.rows))[:: max(1, len(world.rows) // 60)]
+        truth = world.truth(tokens)
+        assert_within(world.run(tokens), truth, torch.full_like(truth, world.bound()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_token_is_the_same_bits_in_any_chunk_and_company(isa: str, shape: str) -> None:
+    world = World(shape, [280, 20, 530])
+    whole = world.run(torch.arange(830))
+    for chunk in (1, 3, 16, 100):
+        tokens = torch.arange(700, 830)
+        parts = [world.run(part) for part in tokens.split(chunk)]
+        assert torch.equal(torch.cat(parts), whole[tokens])
+    for size in (1, 2, 15, 40):
+        tokens = torch.randperm(830)[:size]
+        assert torch.equal(world.run(tokens), whole[tokens])
+
+
+def test_the_block_size_changes_no_bit(isa: str) -> None:
+    torch.manual_seed(1)
+    keys, values, q = torch.randn(1, 2, 512, 64), torch.randn(1, 2, 512, 64), torch.randn(3, 4, 64)
+    positions, rows = torch.tensor([511, 300, 7]).int(), torch.zeros(3).int()
+    results = []
+    for block_size in (8, 16, 64, 512):
+        tables = torch.arange(512 // block_size).int().unsqueeze(0)
+        paged = [c.view(2, -1, block_size, 64).transpose(0, 1).contiguous() for c in (keys, values)]
+        results.append(cpu.attention(q, *paged, positions, rows, tables, 0.125))
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+def test_the_number_of_threads_changes_no_bit(isa: str, threads: None) -> None:
+    world = World("gqa", [900, 40])
+    results = []
+    for count in (1, 2, 3, 7):
+        cpu.set_num_threads(count)
+        results.append((world.run(torch.tensor([899])), world.run(torch.arange(940))))
+    assert all(torch.equal(a, b) for other in results for a, b in zip(results[0], other, strict=True))
+
+
+def test_what_a_token_may_not_see_cannot_reach_it(isa: str) -> None:
+    """Future positions of the same tile hold NaN and Inf."""
+    world = World("gqa", [40])
+    clean = world.run(torch.arange(40))
+    assert world.values is not None
+    for position in range(20, 40):
+        block, offset = int(world.tables[0, position // 16]), position % 16
+        world.keys[block, :, offset] = torch.inf if position % 2 else torch.nan
+        world.values[block, :, offset] = torch.nan
+    dirty = world.run(torch.arange(40))
+    assert torch.equal(dirty[:20], clean[:20]) and dirty[20:].isnan().all()
+
+
+def test_large_scores_do_not_overflow(isa: str) -> None:
+    world = World("mha", [300])
+    world.q *= 1e4
+    tokens = torch.arange(0, 300, 7)
+    got = world.run(tokens)
+    assert got.isfinite().all()
+    torch.testing.assert_close(got.double(), world.truth(tokens), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_written_values_are_rounded_once_and_land_in_their_slot(isa: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    for dim in (1, 7, 16, 33, 128):
+        values = torch.randn(9, 3, dim) * torch.logspace(-40, 38, 9).view(9, 1, 1)
+        values[4, 1, 0], values[5, 0, 0], values[6, 2, 0] = torch.nan, torch.inf, -0.0
+        slots = torch.randperm(6 * 8)[:9]
+        got, expected = torch.zeros(6, 3, 8, dim, dtype=dtype), torch.zeros(6, 3, 8, dim, dtype=dtype)
+        cpu.write_cache(got, values, slots)
+        reference.write_cache(expected, values, slots)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("positions", -1, r"positions\[2\] = -1"),
+        ("positions", 10**6, r"positions\[2\] = 1000000, expected 0 <= value < 48"),
+        ("rows", 1, r"sequence_rows\[2\] = 1, expected 0 <= value < 1"),
+        ("tables", 99, r"block_tables\[0\]\[2\] = 99"),
+        ("tables", -1, r"block_tables\[0\]\[2\] = -1"),
+    ],
+)
+def test_indices_out_of_range_are_refused(field: str, value: int, message: str) -> None:
+    world = World("gqa", [40])
+    getattr(world, field).view(-1)[2] = value
+    with pytest.raises(KernelError, match=f"attention: {message}"):
+        world.run(torch.arange(40))
+
+
+@pytest.mark.parametrize("slot", [-1, 32, 2**40])
+def test_a_slot_out_of_range_is_refused(slot: int) -> None:
+    slots = torch.tensor([0, slot])
+    with pytest.raises(KernelError, match=rf"write_cache: slots\[1\] = {slot}, expected 0 <= slot < 32"):
+        cpu.write_cache(torch.zeros(4, 1, 8, 4), torch.zeros(2, 1, 4), slots)
