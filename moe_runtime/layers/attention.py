@@ -10,7 +10,7 @@ import torch
 
 from moe_runtime.batch import Batch
 from moe_runtime.kernels import Kernels
-from moe_runtime.layers.cache import LayerCache
+from moe_runtime.layers.cache import LayerCache, zeroed
 from moe_runtime.layers.linear import Linear, Rows
 from moe_runtime.layers.norm import RmsNorm
 from moe_runtime.layers.rope import Rotation
@@ -111,7 +111,7 @@ class Attention:
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> LayerCache:
         shape = (num_blocks, self.config.num_kv_heads, block_size, self.config.head_dim)
-        return LayerCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+        return LayerCache(zeroed(shape, dtype), zeroed(shape, dtype))
 
     @property
     def cache_floats_per_token(self) -> int:

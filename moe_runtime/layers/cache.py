@@ -1,10 +1,20 @@
 """The paged memory of past tokens. Layers read and write it; whose blocks are whose, the engine decides."""
 
+import math
 from dataclasses import dataclass
 
+import numpy
 import torch
 
 from moe_runtime.layers.rope import Rotation
+
+
+def zeroed(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose pages the system provides when they are first written (calloc): a large cache costs neither
+    time at start nor memory before it is used. torch.zeros writes every page.
+    """
+    raw = numpy.zeros(math.prod(shape) * dtype.itemsize, dtype=numpy.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from moe_runtime.batch import Batch
 from moe_runtime.kernels import Kernels
-from moe_runtime.layers.cache import LayerCache
+from moe_runtime.layers.cache import LayerCache, zeroed
 from moe_runtime.layers.linear import HeadLinear, Linear, Rows
 from moe_runtime.layers.norm import RmsNorm
 from moe_runtime.layers.rope import Rotation
@@ -109,7 +109,7 @@ class LatentAttention:
         self.expand.write(values)
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> LayerCache:
-        return LayerCache(torch.zeros(num_blocks, 1, block_size, self._latent_dim, dtype=dtype), None)
+        return LayerCache(zeroed((num_blocks, 1, block_size, self._latent_dim), dtype), None)
 
     @property
     def cache_floats_per_token(self) -> int:
