@@ -9,9 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import MODEL, ByteTokenizer, FakeEngine, serving
-
 from moe_runtime.server.service import describe_model
+from serving import MODEL, ByteTokenizer, FakeEngine, serving
 
 BODY = {"model": MODEL, "prompt": "secret words", "max_tokens": 5}
 
