@@ -98,7 +98,7 @@ class Scheduler:
             chunks.append(self._chunk(sequence, tokens, rows))
             tokens -= len(chunks[-1].token_ids)
             rows -= chunks[-1].end - chunks[-1].logit_start
-        while self._waiting and not preempted and tokens and rows and self.num_running < self.max_running:
+        while self._waiting and tokens and rows and self.num_running < self.max_running:
             sequence = next(iter(self._waiting.values()))
             if not self._start(sequence):
                 break

@@ -29,14 +29,13 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the prefix cache when the sequence first started
     num_starts: int = 0  # 1 + number of preemptions survived
     blocks: list[int] = field(default_factory=list)
-    num_registered: int = 0  # leading blocks known to the prefix index ...
+    num_registered: int = 0  # leading blocks known to the prefix index, set when the sequence starts ...
     prefix_node: int | str = ""  # ... and the node of the last of them
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.token_ids)
         if self.logits_from < 0:
             self.logits_from = self.num_prompt - 1
-        self.prefix_node = self.salt
 
     @property
     def num_total(self) -> int:
@@ -57,6 +56,5 @@ class Sequence:
     def restart(self) -> list[int]:
         """Forget what was computed, keep every token; returns the blocks to give back."""
         blocks, self.blocks = self.blocks, []
-        self.num_computed = self.num_registered = 0
-        self.prefix_node = self.salt
+        self.num_computed = 0
         return blocks

@@ -59,6 +59,15 @@ def test_free_blocks_keep_their_content_until_taken_least_recently_freed_first()
     assert pool.match([2, 2], 2, "")[0] == new
 
 
+def test_free_blocks_without_reusable_content_are_taken_first() -> None:
+    pool = BlockPool(3, 2)
+    kept, partial = fill(pool, [1, 1]), fill(pool, [2])
+    pool.release(kept)
+    pool.release(partial)
+    assert pool.allocate(1) == partial
+    assert pool.match([1, 1], 2, "")[0] == kept
+
+
 def test_the_end_of_a_text_is_evicted_before_its_beginning() -> None:
     pool = BlockPool(2, 2)
     blocks = fill(pool, [1, 2, 3, 4])

@@ -39,6 +39,7 @@ class World:
         self.sequences: dict[int, Sequence] = {}
         self.finished: dict[int, list[int]] = {}
         self.first_scheduled: list[int] = []
+        self.asked_logits: set[tuple[int, int]] = set()
         self.next_id = 0
 
     def add(self, prompt: list[int], max_new: int = 4, *, salt: str = "", logits_from: int = -1) -> int:
@@ -89,6 +90,9 @@ class World:
         assert ids == sorted(ids), "oldest first"
         for chunk in step.chunks:
             assert chunk.samples == (chunk.end == self.sequences[chunk.sequence_id].num_total)
+            asked = {(chunk.sequence_id, position) for position in range(chunk.logit_start, chunk.end)}
+            assert not asked & self.asked_logits, "no logits are computed twice, also after a preemption"
+            self.asked_logits |= asked
         self.first_scheduled += [i for i in ids if i not in self.first_scheduled]
         assert self.first_scheduled == sorted(self.first_scheduled), "first come, first served"
 
@@ -111,7 +115,9 @@ def alone(prompt: list[int], max_new: int) -> list[int]:
 
 PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=24)
 ACTIONS = st.one_of(
-    st.tuples(st.just("add"), PROMPTS, st.integers(1, 8), st.sampled_from(["", "a", "b"])),
+    st.tuples(
+        st.just("add"), PROMPTS, st.integers(1, 8), st.sampled_from(["", "a", "b"]), st.integers(-1, 0)
+    ),
     st.tuples(st.just("abort"), st.integers(0, 30)),
     st.tuples(st.just("step"), st.integers(1, 4)),
 )
@@ -130,11 +136,12 @@ def test_every_request_ends_as_if_alone_and_no_block_is_lost(
     actions: list[tuple[object, ...]], num_blocks: int, tokens: int, running: int, rows: int, caching: int
 ) -> None:
     world = World(num_blocks, 4, tokens=tokens, running=running, max_logit_rows=rows, caching=caching)
-    asked: dict[int, tuple[list[int], int]] = {}
+    asked: dict[int, tuple[list[int], int, int]] = {}
     for kind, *arguments in actions:
         match kind, arguments:
-            case "add", [list(prompt), int(max_new), str(salt)]:
-                asked[world.add(prompt, max_new, salt=salt)] = prompt, max_new
+            case "add", [list(prompt), int(max_new), str(salt), int(logits_from)]:
+                number = world.add(prompt, max_new, salt=salt, logits_from=logits_from)
+                asked[number] = prompt, max_new, logits_from
             case "abort", [int(which)] if which in world.sequences:
                 world.remove(which)
                 del asked[which]
@@ -142,7 +149,12 @@ def test_every_request_ends_as_if_alone_and_no_block_is_lost(
                 for _ in range(times):
                     world.step()
     world.run()
-    assert world.finished == {i: alone(prompt, max_new) for i, (prompt, max_new) in asked.items()}
+    wanted = {i: alone(prompt, max_new) for i, (prompt, max_new, _) in asked.items()}
+    assert wanted.items() <= world.finished.items()
+    for i, (prompt, max_new, logits_from) in asked.items():
+        first = 0 if logits_from == 0 else len(prompt) - 1
+        positions = {position for sequence_id, position in world.asked_logits if sequence_id == i}
+        assert positions == set(range(first, len(prompt) + max_new - 1))
     assert world.pool.num_free == num_blocks
 
 
