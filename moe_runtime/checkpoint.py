@@ -124,7 +124,7 @@ def _list_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
                 raise CheckpointError(
                     f"{str(file)[:80]!r} is not the name of a .safetensors file in this folder",
                     file=INDEX_FILE,
-                    tensor=name[:80],
+                    tensor=ascii(name[:80])[1:-1],
                 )
         files = [folder / file for file in sorted(set(weight_map.values()))]
         return files, weight_map

@@ -181,7 +181,7 @@ class Fields:
             if value is None or value is False or value == [] or value == {} or value == "":
                 continue
             raise self.error(
-                key[:80],
+                ascii(key[:80])[1:-1],
                 f"unknown setting ({_show(value)}); it might change the mathematics, so it is refused. "
                 "If it is known to be harmless, remove it from the file",
             )

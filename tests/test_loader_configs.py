@@ -56,6 +56,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "custom code elsewhere": ({"auto_map": {"AutoConfig": "user/repo--m.C"}}, "auto_map asks for custom"),
     "custom code as text": ({"auto_map": "evil.Model"}, r"auto_map asks for custom code"),
     "unknown setting": ({"attention_sinks": 4}, r"attention_sinks: unknown setting \(4\)"),
+    "unprintable setting": ({"\ud800\n": 4}, r"\\ud800\\n: unknown setting"),
     "unknown section": ({"per_layer_config": {"a": 1}}, r"per_layer_config: unknown setting"),
     "another activation": ({"hidden_act": "gelu"}, r"hidden_act: 'gelu' is not supported: only SiLU"),
     "unknown dtype": ({"torch_dtype": "int8"}, r"dtype: 'int8' is not supported"),

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from moe_runtime.kernels import Kernels, PackedLinear
-from moe_runtime.layers.slots import Slot, own
+from moe_runtime.layers.slots import Slot, is_separate
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Linear:
 def pack_owned(kernels: Kernels, weight: torch.Tensor, keep: bool) -> PackedLinear:
     """``weight`` packed into memory of its own; ``keep`` when ``weight`` is ours and may be that memory."""
     packed: PackedLinear = kernels.pack_linear(weight)
-    if keep or own(packed.data, weight):
+    if keep or is_separate(packed.data, weight):
         return packed
     copy: PackedLinear = kernels.pack_linear(weight.clone())
     return copy
@@ -122,7 +122,10 @@ class Embedding:
 
 
 class TiedHead:
-    """The output projection of a model that uses its embedding table for it."""
+    """The output projection of a model that uses its embedding table for it.
+
+    Backends with a packed layout of their own hold the matrix twice: rows to look up, packed to multiply.
+    """
 
     def __init__(self, kernels: Kernels, embedding: Embedding) -> None:
         self._kernels = kernels

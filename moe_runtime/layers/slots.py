@@ -21,6 +21,6 @@ class Slot:
     any_float: bool = False
 
 
-def own(packed: torch.Tensor, weight: torch.Tensor) -> bool:
+def is_separate(packed: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether ``packed`` is memory apart from ``weight``."""
     return packed.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
