@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +19,14 @@ import numpy.typing as npt
 from moe_runtime.errors import RequestError, RequestFailed
 
 Logits = npt.NDArray[np.float32]
-Row = npt.NDArray[np.float64]
+Row = npt.NDArray[Any]  # float32 while sampling, float64 for logprobs
+Ids = npt.NDArray[np.intp]
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOPS = 16
-SHORT_SORTS = (1024, 16384)
+DISTANCES = (4.0, 8.0, 16.0)  # from the best logit: where the tokens that matter are
+MIN_TEMPERATURE = 1e-30  # below, all but the best are at -inf anyway
 SEED_RANGE = (-(2**63), 2**63 - 1)
 
 
@@ -123,16 +126,17 @@ def sample(logits: Logits, params: SamplingParams, history: History, seed: int, 
     Raises RequestFailed when a logit is NaN or infinite, or when the filters leave nothing to choose.
     """
     check_finite(logits)
-    row = logits.astype(np.float64)  # float64 so that a tiny temperature cannot overflow
-    for adjust in ADJUSTMENTS:
-        row = adjust(row, params, history)
-    if row.max() == -np.inf:
-        raise RequestFailed("min_tokens left no token to choose: every id of the vocabulary is an end token")
-    if params.greedy:
-        return int(np.argmax(row))  # the first of equal ones: the lowest id
-    row = apply_temperature(row, params)
-    for keep in FILTERS:
-        row = keep(row, params)
+    row = logits.copy()
+    with np.errstate(over="ignore"):  # overflow means -inf, the right answer, or +inf, which is caught
+        for adjust in ADJUSTMENTS:
+            row = adjust(row, params, history)
+        if not np.isfinite(row.max()):
+            raise RequestFailed("penalties, logit_bias and min_tokens leave no token to choose")
+        if params.greedy:
+            return int(np.argmax(row))  # the first of equal ones: the lowest id
+        row = apply_temperature(row, params)
+        for keep in FILTERS:
+            row = keep(row, params)
     return draw(row, uniform(seed, choice, len(history.output_ids)))
 
 
@@ -155,9 +159,11 @@ def uniform(seed: int, choice: int, position: int) -> float:
 
 def draw(row: Row, fraction: float) -> int:
     """The token at ``fraction`` in [0, 1) of the probability mass of softmax(row), ids in ascending order."""
-    mass = np.cumsum(np.exp(row - row.max()))
+    mass = np.cumsum(np.exp(row - row.max()), dtype=np.float64)
     token_id = int(np.searchsorted(mass, fraction * mass[-1], side="right"))
-    return min(token_id, int(np.flatnonzero(row > -np.inf)[-1]))  # the product may round up to all the mass
+    if token_id < len(row):
+        return token_id
+    return int(np.flatnonzero(row > -np.inf)[-1])  # the product was rounded up to all of the mass
 
 
 def log_softmax(logits: Logits) -> Row:
@@ -172,7 +178,8 @@ def best_tokens(logprobs: Row, count: int) -> list[int]:
     """Ids of the ``count`` largest entries of ``logprobs`` (V,), largest first, equal ones by id."""
     if count <= 0:
         return []
-    candidates = _largest(logprobs, count)  # ascending ids, so the stable sort breaks ties by id
+    # Ascending ids, so that the stable sort breaks ties by id.
+    candidates = _near_best(logprobs, lambda ids: len(ids) >= count)
     order = np.argsort(-logprobs[candidates], kind="stable")
     return [int(token_id) for token_id in candidates[order[:count]]]
 
@@ -212,8 +219,7 @@ def mask_banned(row: Row, params: SamplingParams, history: History) -> Row:
 
 def apply_temperature(row: Row, params: SamplingParams) -> Row:
     """Divide the distances to the best logit, so that the best stays 0 however small the temperature."""
-    with np.errstate(over="ignore"):  # a distance may pass to -inf, whose probability is the right 0
-        return (row - row.max()) / params.temperature
+    return (row - row.max()) / max(params.temperature, MIN_TEMPERATURE)
 
 
 def keep_min_p(row: Row, params: SamplingParams) -> Row:
@@ -226,7 +232,10 @@ def keep_min_p(row: Row, params: SamplingParams) -> Row:
 def keep_top_k(row: Row, params: SamplingParams) -> Row:
     """Keep the top_k best tokens and every token equal to the last of them."""
     if 0 < params.top_k < len(row):
-        row = np.where(row >= np.partition(row, -params.top_k)[-params.top_k], row, -np.inf)
+        candidates = _near_best(row, lambda ids: len(ids) >= params.top_k)
+        values = row[candidates]
+        if params.top_k <= len(values):
+            row = _only(row, candidates[values >= np.partition(values, -params.top_k)[-params.top_k]])
     return row
 
 
@@ -234,26 +243,32 @@ def keep_top_p(row: Row, params: SamplingParams) -> Row:
     """Keep the smallest set of most likely tokens whose mass reaches top_p; of equal ones, low ids first."""
     if params.top_p < 1.0:
         weights = np.exp(row - row.max())
-        wanted = params.top_p * weights.sum()
-        for count in (*SHORT_SORTS, len(row)):  # sorting a whole vocabulary takes longer than all the rest
-            candidates = _largest(row, count)
-            if weights[candidates].sum() >= wanted:
-                break
+        wanted = params.top_p * weights.sum(dtype=np.float64)
+        candidates = _near_best(row, lambda ids: weights[ids].sum(dtype=np.float64) >= wanted)
         order = candidates[np.argsort(-row[candidates], kind="stable")]
-        num_kept = int(np.searchsorted(np.cumsum(weights[order]), wanted, side="left")) + 1
-        kept = np.full_like(row, -np.inf)
-        kept[order[:num_kept]] = row[order[:num_kept]]
-        row = kept
+        mass = np.cumsum(weights[order], dtype=np.float64)
+        row = _only(row, order[: int(np.searchsorted(mass, wanted, side="left")) + 1])
     return row
 
 
-def _largest(row: Row, count: int) -> npt.NDArray[np.int64]:
-    """Ids, ascending, of the ``count`` largest entries and of all equal to the last of them; none of -inf."""
-    ids = np.flatnonzero(row > -np.inf)
-    if count >= len(ids):
-        return ids
-    values = row[ids]
-    return ids[values >= np.partition(values, -count)[-count]]
+def _near_best(row: Row, enough: Callable[[Ids], bool]) -> Ids:
+    """Ids, ascending, of the best tokens: sure to hold ``enough``, or all that have any probability.
+
+    Sorting a whole vocabulary takes longer than everything else a step does in Python; few tokens matter.
+    """
+    best = row.max()
+    for distance in DISTANCES:
+        ids = np.flatnonzero(row >= best - distance)
+        if enough(ids):
+            return ids
+    return np.flatnonzero(row > -np.inf)
+
+
+def _only(row: Row, ids: Ids) -> Row:
+    """``row`` with everything but ``ids`` removed."""
+    kept = np.full_like(row, -np.inf)
+    kept[ids] = row[ids]
+    return kept
 
 
 # In the order they apply. To add a filter, write the function and name it here.

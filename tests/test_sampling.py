@@ -182,7 +182,7 @@ def test_logits_that_are_not_numbers_fail_the_request(bad: float) -> None:
 
 
 def test_banning_every_token_fails_the_request() -> None:
-    with pytest.raises(RequestFailed, match="min_tokens"):
+    with pytest.raises(RequestFailed, match="leave no token"):
         sample(np.zeros(2, dtype=np.float32), SamplingParams(), History((), (), {0, 1}), seed=0, choice=0)
 
 
@@ -207,6 +207,12 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
 def test_min_tokens_above_max_tokens_is_refused() -> None:
     with pytest.raises(RequestError, match="min_tokens"):
         SamplingParams(min_tokens=5, max_tokens=4)
+
+
+def test_penalties_that_overflow_fail_the_request() -> None:
+    logits = np.array([1e20, 1.0], dtype=np.float32)
+    with pytest.raises(RequestFailed, match="leave no token"):
+        sample(logits, SamplingParams(repetition_penalty=1e-30), History([0], ()), seed=0, choice=0)
 
 
 def test_limits_themselves_are_allowed() -> None:
