@@ -159,11 +159,10 @@ def uniform(seed: int, choice: int, position: int) -> float:
 
 def draw(row: Row, fraction: float) -> int:
     """The token at ``fraction`` in [0, 1) of the probability mass of softmax(row), ids in ascending order."""
-    mass = np.cumsum(np.exp(row - row.max()), dtype=np.float64)
-    token_id = int(np.searchsorted(mass, fraction * mass[-1], side="right"))
-    if token_id < len(row):
-        return token_id
-    return int(np.flatnonzero(row > -np.inf)[-1])  # the product was rounded up to all of the mass
+    ids = np.flatnonzero(row > -np.inf)
+    mass = np.cumsum(np.exp(row[ids] - row.max()).astype(np.float64))
+    place = int(np.searchsorted(mass, fraction * mass[-1], side="right"))
+    return int(ids[min(place, len(ids) - 1)])  # the product may round up to all the mass
 
 
 def log_softmax(logits: Logits) -> Row:
@@ -246,7 +245,7 @@ def keep_top_p(row: Row, params: SamplingParams) -> Row:
         wanted = params.top_p * weights.sum(dtype=np.float64)
         candidates = _near_best(row, lambda ids: weights[ids].sum(dtype=np.float64) >= wanted)
         order = candidates[np.argsort(-row[candidates], kind="stable")]
-        mass = np.cumsum(weights[order], dtype=np.float64)
+        mass = np.cumsum(weights[order].astype(np.float64))
         row = _only(row, order[: int(np.searchsorted(mass, wanted, side="left")) + 1])
     return row
 
