@@ -36,16 +36,21 @@ class Ours:
     """The model behind our engine, with one sequence in the paged cache."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        from moe_runtime import kernels, loader
+        import torch
 
+        from moe_runtime import kernels, loader
+        from moe_runtime.kernels import cpu
+
+        torch.set_num_threads(1)  # as the engine does: our pool does the work
+        cpu.set_num_threads(threads)
         self.block_size = 16
-        chosen = kernels.choose("auto", threads=threads)
-        self.model = loader.load_model(folder, chosen)
+        self.model = loader.load_model(folder, kernels.choose("auto"))
         self.cache = self.model.new_cache(64, self.block_size)
         self.length = 0
 
     def _forward(self, tokens: list[int]) -> None:
         import torch
+
         from moe_runtime.batch import Batch
 
         count = len(tokens)

@@ -7,12 +7,11 @@ import socket
 import sys
 from pathlib import Path
 
-from moe_runtime.server.settings import ServerConfig
-
 import moe_runtime
 from moe_runtime.cli import add_arguments, from_args
 from moe_runtime.config import EngineConfig
 from moe_runtime.errors import ConfigError, MoeRuntimeError
+from moe_runtime.server.settings import ServerConfig
 
 DEMO_NAME = "moe-demo"
 USAGE_ERROR = 2
@@ -90,11 +89,10 @@ def _listen(host: str, port: int) -> socket.socket:
 def _serve(
     model_dir: Path, name: str, config: ServerConfig, engine_config: EngineConfig, listener: socket.socket
 ) -> int:
-    from moe_runtime.server.serve import Server
-    from moe_runtime.server.service import build_service
-
     from moe_runtime.async_engine import AsyncEngine
     from moe_runtime.engine import Engine
+    from moe_runtime.server.serve import Server
+    from moe_runtime.server.service import build_service
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # the app logs each request itself, in one line

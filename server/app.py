@@ -4,6 +4,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
 from moe_runtime.server.chat import create_chat_completion
 from moe_runtime.server.completions import create_completion
 from moe_runtime.server.errors import describe, error_response
@@ -12,12 +19,6 @@ from moe_runtime.server.models import get_model, list_models
 from moe_runtime.server.ops import health, metrics
 from moe_runtime.server.request_log import RequestLog, record_of
 from moe_runtime.server.service import Service
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 
 def build_app(service: Service) -> Starlette:

@@ -4,6 +4,11 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from starlette.requests import Request
+from starlette.responses import Response
+
+from moe_runtime.errors import RequestError
+from moe_runtime.sampling import SamplingParams
 from moe_runtime.server.generation import Generation, prepare, sampling_params, while_connected
 from moe_runtime.server.json_body import parse_object
 from moe_runtime.server.logprobs import chat_logprobs
@@ -12,11 +17,6 @@ from moe_runtime.server.schema import ChatBody, ignored_fields, validate
 from moe_runtime.server.service import Service
 from moe_runtime.server.sse import EventStream
 from moe_runtime.server.wire import Envelope, ignored_header, json_response
-from starlette.requests import Request
-from starlette.responses import Response
-
-from moe_runtime.errors import RequestError
-from moe_runtime.sampling import SamplingParams
 
 
 async def create_chat_completion(service: Service, request: Request) -> Response:

@@ -4,6 +4,12 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from starlette.requests import Request
+from starlette.responses import Response
+
+from moe_runtime.engine import TokenEvent, TokenLogprob
+from moe_runtime.errors import RequestError, RequestFailed
+from moe_runtime.sampling import SamplingParams
 from moe_runtime.server.generation import Generation, prepare, sampling_params, while_connected
 from moe_runtime.server.json_body import parse_object
 from moe_runtime.server.logprobs import CompletionLogprobs, HasText, Piece
@@ -12,12 +18,6 @@ from moe_runtime.server.schema import CompletionBody, ignored_fields, validate
 from moe_runtime.server.service import Service
 from moe_runtime.server.sse import EventStream
 from moe_runtime.server.wire import Envelope, ignored_header, json_response
-from starlette.requests import Request
-from starlette.responses import Response
-
-from moe_runtime.engine import TokenEvent, TokenLogprob
-from moe_runtime.errors import RequestError, RequestFailed
-from moe_runtime.sampling import SamplingParams
 
 Rendered = tuple[int, str, dict[str, Any] | None, str | None]  # choice, text, logprobs, finish reason
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, for this endpoint only

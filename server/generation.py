@@ -11,11 +11,6 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from moe_runtime.server.errors import ClientGone, EdgeError
-from moe_runtime.server.metrics import Metrics
-from moe_runtime.server.request_log import RequestRecord
-from moe_runtime.server.schema import Common
-from moe_runtime.server.service import Service
 from starlette.requests import Request
 from starlette.types import Receive
 
@@ -23,6 +18,11 @@ from moe_runtime.async_engine import RequestStream
 from moe_runtime.engine import TokenEvent
 from moe_runtime.errors import EngineStopped, RequestError, RequestFailed
 from moe_runtime.sampling import SamplingParams
+from moe_runtime.server.errors import ClientGone, EdgeError
+from moe_runtime.server.metrics import Metrics
+from moe_runtime.server.request_log import RequestRecord
+from moe_runtime.server.schema import Common
+from moe_runtime.server.service import Service
 
 Result = TypeVar("Result")
 SMALL_BODY_BYTES = 8 * 1024  # below this, parsing and tokenising take less time than a change of thread

@@ -7,11 +7,11 @@ knows nothing of JSON. Limits below HTTP (heads, connections, unread answers) ar
 import asyncio
 from typing import Any
 
-from moe_runtime.server.errors import ClientGone, EdgeError
-from moe_runtime.server.settings import ServerConfig
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moe_runtime.errors import EngineStopped, Overloaded
+from moe_runtime.server.errors import ClientGone, EdgeError
+from moe_runtime.server.settings import ServerConfig
 
 METHODS_WITH_BODY = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 

@@ -1,9 +1,10 @@
 """GET /v1/models and /v1/models/{id}."""
 
-from moe_runtime.server.service import Service
-from moe_runtime.server.wire import json_response
 from starlette.requests import Request
 from starlette.responses import Response
+
+from moe_runtime.server.service import Service
+from moe_runtime.server.wire import json_response
 
 
 async def list_models(service: Service, request: Request) -> Response:

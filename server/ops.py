@@ -1,12 +1,12 @@
 """GET /health and /metrics: for the load balancer and for Prometheus."""
 
-from moe_runtime.server.service import Service
-from moe_runtime.server.wire import json_response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
 from moe_runtime.errors import EngineStopped
+from moe_runtime.server.service import Service
+from moe_runtime.server.wire import json_response
 
 
 async def health(service: Service, request: Request) -> Response:

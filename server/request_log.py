@@ -5,11 +5,12 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
-from moe_runtime.server.errors import INTERNAL_ERROR, ClientGone, describe, error_response
-from moe_runtime.server.metrics import Metrics
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from moe_runtime.server.errors import INTERNAL_ERROR, ClientGone, describe, error_response
+from moe_runtime.server.metrics import Metrics
 
 RECORD = "moe.record"  # the record's key in the ASGI scope
 PROBES = ("/health", "/metrics")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
+
 from moe_runtime.server.app import build_app
 from moe_runtime.server.service import Service
 from moe_runtime.server.transport import Protocol

@@ -4,12 +4,11 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_runtime.async_engine import AsyncEngine
+from moe_runtime.errors import ModelNotFound
 from moe_runtime.server.limits import Gate
 from moe_runtime.server.metrics import Metrics
 from moe_runtime.server.settings import ServerConfig
-
-from moe_runtime.async_engine import AsyncEngine
-from moe_runtime.errors import ModelNotFound
 
 # Of files larger than twice this (weights) the fingerprint takes the two ends.
 DIGEST_BYTES_PER_FILE = 4 << 20

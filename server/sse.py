@@ -9,10 +9,11 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from moe_runtime.server.errors import INTERNAL_ERROR, describe
-from moe_runtime.server.generation import Generation, while_connected
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from moe_runtime.server.errors import INTERNAL_ERROR, describe
+from moe_runtime.server.generation import Generation, while_connected
 
 logger = logging.getLogger("moe_runtime.server")
 HEADERS = {

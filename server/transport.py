@@ -16,11 +16,12 @@ from http import HTTPStatus
 from typing import Any
 
 import h11
-from moe_runtime.server.errors import error_body
-from moe_runtime.server.settings import ServerConfig
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
+
+from moe_runtime.server.errors import error_body
+from moe_runtime.server.settings import ServerConfig
 
 HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")

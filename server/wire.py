@@ -4,9 +4,10 @@ import time
 from dataclasses import dataclass
 from typing import Any, Self
 
+from starlette.responses import Response
+
 from moe_runtime.server.generation import Generation
 from moe_runtime.server.sse import to_json
-from starlette.responses import Response
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Runs a model the way the engine does (paged, chunked, several sequences per batch), for comparison with oracles."""
+"""Runs a model the way the engine does (paged, chunked, several sequences per batch), to compare with oracles."""
 
 from pathlib import Path
 
@@ -55,8 +55,8 @@ class Paged:
 
 
 def chunked_logits(model: Decoder, prompts: list[torch.Tensor], chunk: int = 11) -> list[torch.Tensor]:
-    """Logits of every prompt token; prompts advance side by side, later ones by smaller chunks, so that batches
-    mix beginnings, middles and ends."""
+    """Logits of every prompt token; prompts advance side by side, later ones by smaller chunks, so that
+    batches mix beginnings, middles and ends."""
     paged = Paged(model, len(prompts), max(len(ids) for ids in prompts))
     parts: list[list[torch.Tensor]] = [[] for _ in prompts]
     while any(paged.lengths[row] < len(ids) for row, ids in enumerate(prompts)):

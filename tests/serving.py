@@ -11,15 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from moe_runtime.engine import EngineStats, TokenEvent, TokenLogprob, TopLogprob
+from moe_runtime.errors import ContextLengthExceeded, EngineStopped, Overloaded, RequestError
+from moe_runtime.sampling import SamplingParams
 from moe_runtime.server.limits import Gate
 from moe_runtime.server.metrics import Metrics
 from moe_runtime.server.serve import Server
 from moe_runtime.server.service import ModelCard, Service
 from moe_runtime.server.settings import ServerConfig
-
-from moe_runtime.engine import EngineStats, TokenEvent, TokenLogprob, TopLogprob
-from moe_runtime.errors import ContextLengthExceeded, EngineStopped, Overloaded, RequestError
-from moe_runtime.sampling import SamplingParams
 
 MODEL = "tiny"
 END_TOKEN = 256

@@ -17,15 +17,14 @@ SOURCES = sorted(
 )
 MAX_LINES = 300
 # Longer on purpose, each for the reason beside it.
-LONGER = {
-    "experts/demo/facts.py": "the fact tables are data",
-}
+LONGER: dict[str, str] = {}
 MAX_FUNCTION_LINES = 60
 
 # A file or folder may import only these parts of moe_runtime (longest prefix wins). Mirrors the README.
 ENGINE_PARTS = {
-    "batch", "chat", "checkpoint", "cli", "config", "errors", "kernels", "kv_cache", "layers", "loader",
-    "model_config", "models", "sampling", "scheduler", "sequence", "tokenizer",
+    "batch", "chat", "checkpoint", "cli", "config", "detokenizer", "errors", "generation", "hf", "kernels",
+    "kv_cache", "layers", "loader", "model_config", "models", "output", "sampling", "scheduler", "sequence",
+    "tokenizer",
 }  # fmt: skip
 MAY_IMPORT: dict[str, set[str]] = {
     "moe_runtime/errors.py": set(),
@@ -36,8 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "moe_runtime/kv_cache.py": {"errors"},
     "moe_runtime/scheduler.py": {"errors", "kv_cache", "sequence", "config"},
     "moe_runtime/kernels/": {"errors", "kernels", "_C"},
-    "moe_runtime/layers/": {"errors", "kernels", "layers", "batch", "checkpoint", "model_config"},
-    "moe_runtime/models/": {"errors", "kernels", "layers", "models", "batch", "model_config", "checkpoint"},
+    "moe_runtime/layers/": {"errors", "kernels", "layers", "batch", "model_config"},
+    "moe_runtime/models/": {"errors", "hf", "kernels", "layers", "models", "model_config"},
     "moe_runtime/": ENGINE_PARTS | {"engine", "async_engine", "_C"},
     "experts/": ENGINE_PARTS - {"kernels"} | {"engine", "experts", "kernels"},
     "server/": {"async_engine", "chat", "cli", "config", "engine", "errors", "experts", "sampling", "server",

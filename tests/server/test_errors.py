@@ -6,6 +6,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.exceptions import HTTPException
+
+from moe_runtime import errors
+from moe_runtime.errors import MoeRuntimeError, RequestError
 from moe_runtime.server.errors import INTERNAL, ROWS, EdgeError, describe
 from moe_runtime.server.json_body import parse_object
 from moe_runtime.server.schema import (
@@ -16,10 +20,6 @@ from moe_runtime.server.schema import (
     ignored_fields,
     validate,
 )
-from starlette.exceptions import HTTPException
-
-from moe_runtime import errors
-from moe_runtime.errors import MoeRuntimeError, RequestError
 
 CLASSES = [
     item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, MoeRuntimeError)

@@ -9,8 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from moe_runtime.server.service import describe_model
 from serving import MODEL, ByteTokenizer, FakeEngine, serving
+
+from moe_runtime.server.service import describe_model
 
 BODY = {"model": MODEL, "prompt": "secret words", "max_tokens": 5}
 
