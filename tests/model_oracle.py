@@ -1,4 +1,4 @@
-"""Runs a model the way the engine does (paged, chunked, several sequences per batch), to compare with oracles."""
+"""Runs a model the way the engine does (paged, chunked, many sequences per batch), for oracles to compare."""
 
 from pathlib import Path
 
