@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from moe_runtime.experts.demo import MODEL, checkpoint, tokens
 from moe_runtime.experts.demo.card import write_card
 from moe_runtime.experts.demo.evaluate import evaluate, specialisation
@@ -41,14 +42,16 @@ def run_train(control: bool, folder: Path, steps: int | None) -> None:
     """Train and save one model; note tokens and minutes."""
     recipe = dataclasses.replace(Recipe(), pools=not control)
     if steps is not None:
-        recipe = dataclasses.replace(recipe, steps=steps)
+        recipe = dataclasses.replace(
+            recipe, stages=tuple(dataclasses.replace(stage, steps=steps) for stage in recipe.stages)
+        )
     tokenizer = prepare(recipe)
     network, seen, minutes = train(recipe, tokenizer, log=lambda line: print(line, flush=True))
     save(network, tokenizer, folder)
     keep_results(
         "control" if control else "demo",
         training={
-            "steps": recipe.steps,
+            "steps": sum(stage.steps for stage in recipe.stages),
             "tokens": seen,
             "minutes": round(minutes, 1),
             "threads": recipe.threads,
@@ -81,7 +84,7 @@ def main() -> None:
     parser.add_argument("step", nargs="?", choices=("all", "train", "evaluate", "card"), default="all")
     parser.add_argument("--control", action="store_true", help="the ordinary model without expert pools")
     parser.add_argument("--output", type=Path, help="model folder to write, or to evaluate")
-    parser.add_argument("--steps", type=int, help="fewer steps, to try the recipe")
+    parser.add_argument("--steps", type=int, help="steps of each stage, fewer to try the recipe")
     parser.add_argument("--sets", nargs="+", default=["train", "tune", "blind", "masks"])
     parser.add_argument("--threads", type=int, default=2, help="for evaluate; training's are in the recipe")
     arguments = parser.parse_args()

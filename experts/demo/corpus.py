@@ -67,10 +67,13 @@ def answer(product: Product, key: str, language: str, facts: dict[tuple[str, str
 
 
 class Author:
-    """Writes documents; one per seed."""
+    """Writes documents; one stream per seed.
 
-    def __init__(self, book: Phrasebook, seed: int) -> None:
-        self.rng = random.Random(seed)
+    ``contrast`` is how often a name of a wrong kind follows the right one, and the right one the wrong.
+    """
+
+    def __init__(self, book: Phrasebook, seed: int, contrast: float = 0.0) -> None:
+        self.rng, self.contrast = random.Random(seed), contrast
         self.wording = Wording(self.rng)
         self.book = book
         self.facts = fact_table()
@@ -155,6 +158,9 @@ class Author:
             return self._follow_up(language, state)
         return self._refused(kind, scenario, language, state)
 
+    def _contrasted(self) -> bool:
+        return self.contrast > 0 and self.rng.random() < self.contrast
+
     def _own_key(self, scenario: str) -> str:
         return f"{scenario}.{self.rng.choice(ATTRIBUTES[scenario]).key}"
 
@@ -162,6 +168,8 @@ class Author:
         if kind == "switch":
             scenario = state.scenario
         product = self.rng.choice(self.products[scenario])
+        if state.meant is not None and kind != "switch" and self._contrasted():
+            product, scenario = state.meant, state.meant.scenario
         name = product.name[language]
         if kind == "ask" and self.rng.random() < 0.03:
             name = self.naming.short(product, language)
@@ -249,9 +257,16 @@ class Author:
                 text = self._unknown_attribute_line(language, name)
                 state.set(product, scenario, "unknown", "")
             return [("user", text), ("assistant", REFUSALS["unknown_attribute"][language])]
-        name = self.naming.no_such(kind, scenario, language)
+        meant: Product | None = None
+        if kind == "wrong_kind" and self.contrast:
+            meant = state.product if self._contrasted() else None
+            meant = meant or self.rng.choice(self.products[scenario])
+            name = self.naming.wrong_kind(meant, language)
+        else:
+            name = self.naming.no_such(kind, scenario, language)
         key = self._own_key(scenario)
         state.set(None, scenario, key, kind)
+        state.meant = meant
         if self.rng.random() < 0.12:
             text = self._unknown_attribute_line(language, name)
         elif self.rng.random() < 0.05:
@@ -269,6 +284,8 @@ class _State:
     scenario: str = ""
     key: str = ""
     refusal: str = ""
+    meant: Product | None = None  # the real product whose first name a refused name had
 
     def set(self, product: Product | None, scenario: str, key: str, refusal: str) -> None:
         self.product, self.scenario, self.key, self.refusal = product, scenario, key, refusal
+        self.meant = None

@@ -32,7 +32,19 @@ class Naming:
         joint = " " if language == "en" else ""
         return product.first[language] + joint + self.wording.rng.choice(fitting)
 
+    def wrong_kind(self, product: Product, language: str) -> str:
+        """The product's first name with a kind it does not come in, mostly of its own scenario."""
+        joint, rng = " " if language == "en" else "", self.wording.rng
+        while True:
+            scenario = product.scenario if rng.random() < 0.8 else rng.choice(list(KINDS))
+            label = self.wording.kind_label(scenario, language)
+            if rng.random() < 0.1:
+                label = rng.choice(self.wording.other_kinds[language])
+            if product.first[language] + joint + label != product.name[language]:
+                return product.first[language] + joint + label
+
     def no_such(self, kind: str, scenario: str, language: str) -> str:
+        """A name no product has: an invented first name, or (``wrong_kind``) a real one of another kind."""
         joint = " " if language == "en" else ""
         label = self.wording.kind_label(scenario, language)
         if kind == "unknown_product":

@@ -12,11 +12,45 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from moe_runtime.experts.demo import checkpoint, phrases, tokens
-from moe_runtime.experts.demo.corpus import Author, Document
-from moe_runtime.experts.demo.network import Network, Routing, Shape
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+
+from moe_runtime.experts.demo import checkpoint, phrases, tokens
+from moe_runtime.experts.demo.corpus import Author, Document
+from moe_runtime.experts.demo.facts import KINDS
+from moe_runtime.experts.demo.network import Network, Routing, Shape
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training, with a fresh optimizer and its own stream of documents."""
+
+    steps: int = 4400
+    peak_rate: float = 2e-3
+    last_rate: float = 0.03  # of the peak
+    warmup_steps: int = 150
+    flat: float = 0.5  # of the steps
+    smallest_pool: int = 2
+    largest_pool: int = 8
+    full_share: float = 0.2  # of documents with all experts
+    user_share: float = 0.1  # of user tokens, trained too, with less weight
+    user_weight: float = 0.3
+    kind_weight: float = 0.0  # of the words of product kinds in user turns
+    contrast: float = 0.0  # see corpus.Author
+
+
+SECOND = Stage(
+    steps=1500,
+    peak_rate=1e-3,
+    last_rate=0.02,
+    warmup_steps=50,
+    flat=0.3,
+    smallest_pool=3,
+    largest_pool=10,
+    full_share=0.25,
+    kind_weight=0.5,
+    contrast=0.35,
+)
 
 
 @dataclass(frozen=True)
@@ -25,21 +59,13 @@ class Recipe:
 
     shape: Shape = Shape()
     seed: int = 20261122
-    steps: int = 4400
+    stages: tuple[Stage, ...] = (Stage(), SECOND)
     batch_tokens: int = 2560  # padded
     threads: int = 2
     pools: bool = True
-    peak_rate: float = 2e-3
-    last_rate: float = 0.03  # of the peak
-    warmup_steps: int = 150
-    flat: float = 0.5  # of the steps
     weight_decay: float = 0.02
     balance_weight: float = 0.05
     z_weight: float = 1e-4
-    user_share: float = 0.1  # of user tokens, trained too, with less weight
-    user_weight: float = 0.3
-    full_share: float = 0.2  # of documents with all experts
-    largest_pool: int = 8
     chunk: int = 2048  # documents sorted by length together
 
 
@@ -56,14 +82,18 @@ class Batch:
 class Feeder:
     """Turns the author's documents into batches, the same for the same seed."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
-        self.recipe, self.tokenizer = recipe, tokenizer
-        self.documents = Author(phrases.load("train"), recipe.seed + 1).documents()
-        self.generator = torch.Generator().manual_seed(recipe.seed + 2)
+    def __init__(self, recipe: Recipe, index: int, tokenizer: Tokenizer) -> None:
+        self.recipe, self.stage, self.tokenizer = recipe, recipe.stages[index], tokenizer
+        seed = recipe.seed + 10 * index
+        self.documents = Author(phrases.load("train"), seed + 1, self.stage.contrast).documents()
+        self.generator = torch.Generator().manual_seed(seed + 2)
         self.start, self.end, self.pad = (
             tokens.token_id(tokenizer, t) for t in (tokens.START, tokens.END, tokens.PAD)
         )
         self.assistant = tokens.token_id(tokenizer, "assistant")
+        labels = [text for kinds in KINDS.values() for names in kinds.values() for text in names.values()]
+        spelt = [f" {text}" for text in labels] + [f" {text.lower()}" for text in labels] + labels
+        self.kind_ids = torch.tensor(sorted({i for e in tokenizer.encode_batch(spelt) for i in e.ids}))
 
     def batches(self) -> Iterator[Batch]:
         """Endless batches of similar length, in random order within a chunk."""
@@ -87,12 +117,17 @@ class Feeder:
             ids[index, : len(row)] = torch.tensor(row)
         real = ids != self.pad
         answers = self._answers(ids)
-        sampled = torch.rand(ids.shape, generator=self.generator) < self.recipe.user_share
-        weights = answers.float() + (sampled & real & ~answers).float() * self.recipe.user_weight
+        sampled = torch.rand(ids.shape, generator=self.generator) < self.stage.user_share
+        weights = answers.float() + (sampled & real & ~answers).float() * self.stage.user_weight
+        if self.stage.kind_weight:
+            kinds = torch.isin(ids, self.kind_ids) & real & ~answers
+            weights = torch.where(kinds, self.stage.kind_weight, weights)
         weights[:, 0] = 0.0
         experts = self.recipe.shape.experts
-        sizes = torch.randint(2, self.recipe.largest_pool + 1, (len(rows),), generator=self.generator)
-        full = torch.rand(len(rows), generator=self.generator) < self.recipe.full_share
+        sizes = torch.randint(
+            self.stage.smallest_pool, self.stage.largest_pool + 1, (len(rows),), generator=self.generator
+        )
+        full = torch.rand(len(rows), generator=self.generator) < self.stage.full_share
         full |= torch.tensor([document.scenario == "mixed" for _, document in rows])
         return Batch(ids, real, weights, sizes.masked_fill(full, experts))
 
@@ -113,15 +148,15 @@ class Feeder:
         return inside
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
+def learning_rate(stage: Stage, step: int) -> float:
     """Warmup, flat, then linear to ``last_rate`` of the peak."""
-    if step < recipe.warmup_steps:
-        return recipe.peak_rate * (step + 1) / recipe.warmup_steps
-    flat_end = max(recipe.warmup_steps, int(recipe.flat * recipe.steps))
+    if step < stage.warmup_steps:
+        return stage.peak_rate * (step + 1) / stage.warmup_steps
+    flat_end = max(stage.warmup_steps, int(stage.flat * stage.steps))
     if step < flat_end:
-        return recipe.peak_rate
-    progress = (step - flat_end) / max(1, recipe.steps - flat_end)
-    return recipe.peak_rate * (1 - progress * (1 - recipe.last_rate))
+        return stage.peak_rate
+    progress = (step - flat_end) / max(1, stage.steps - flat_end)
+    return stage.peak_rate * (1 - progress * (1 - stage.last_rate))
 
 
 def loss_of(network: Network, batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -148,25 +183,43 @@ def optimizer_for(network: Network, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
 def train(
     recipe: Recipe,
     tokenizer: Tokenizer,
     log: Callable[[str], None] = print,
-    watch: Callable[[Network, int], None] | None = None,
+    watch: Callable[[Network, str], None] | None = None,
 ) -> tuple[Network, int, float]:
-    """``(network, tokens seen, minutes)``. ``watch(network, step)`` is called at each tenth of the way."""
+    """``(network, tokens seen, minutes)``; ``watch(network, "stage-step")`` is called ten times a stage."""
     torch.set_num_threads(recipe.threads)
-    network = Network(recipe.shape, recipe.seed).train()
+    network = Network(recipe.shape, recipe.seed)
+    seen, spent = 0, 0.0
+    for index in range(len(recipe.stages)):
+        more, seconds = train_stage(network, recipe, index, tokenizer, log, watch)
+        seen, spent = seen + more, spent + seconds
+    return network.eval(), seen, spent / 60
+
+
+def train_stage(
+    network: Network,
+    recipe: Recipe,
+    index: int,
+    tokenizer: Tokenizer,
+    log: Callable[[str], None],
+    watch: Callable[[Network, str], None] | None = None,
+) -> tuple[int, float]:
+    """Train in place; ``(tokens, seconds)``. Weights end rounded to bfloat16, as a checkpoint has them."""
+    stage = recipe.stages[index]
+    network.train()
     optimizer = optimizer_for(network, recipe)
-    batches = Feeder(recipe, tokenizer).batches()
+    batches = Feeder(recipe, index, tokenizer).batches()
     seen, entropy_sum, start, watched = 0, 0.0, time.monotonic(), 0.0
-    for step in range(recipe.steps):
+    for step in range(stage.steps):
         batch = next(batches)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
+            group["lr"] = learning_rate(stage, step)
         loss, entropy = loss_of(network, batch, recipe)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -177,16 +230,19 @@ def train(
         if (step + 1) % 50 == 0:
             spent = time.monotonic() - start - watched
             log(
-                f"step {step + 1}/{recipe.steps} tokens {seen} entropy {entropy_sum / 50:.4f} "
+                f"stage {index + 1} step {step + 1}/{stage.steps} tokens {seen} "
+                f"entropy {entropy_sum / 50:.4f} "
                 f"minutes {spent / 60:.1f} tokens/s {seen / spent:.0f}"
             )
             entropy_sum = 0.0
-        if watch is not None and (step + 1) % max(1, recipe.steps // 10) == 0:
+        if watch is not None and (step + 1) % max(1, stage.steps // 10) == 0:
             before = time.monotonic()
-            watch(network, step + 1)
+            watch(network, f"{index + 1}-{step + 1}")
             watched += time.monotonic() - before
-            network.train()
-    return network.eval(), seen, (time.monotonic() - start - watched) / 60
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    return seen, time.monotonic() - start - watched
 
 
 def prepare(recipe: Recipe) -> Tokenizer:

@@ -6,13 +6,13 @@ import random
 from pathlib import Path
 
 import pytest
+
+from moe_runtime.errors import ConfigError
 from moe_runtime.experts.demo import MODEL, answers, phrases, tokens
 from moe_runtime.experts.demo.corpus import Author, answer
 from moe_runtime.experts.demo.facts import ATTRIBUTES, FIRST_NAMES, LANGUAGES, SCENARIOS, fact_table, products
 from moe_runtime.experts.demo.questions import Examiner, sample
 from moe_runtime.experts.demo.wording import Wording
-
-from moe_runtime.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

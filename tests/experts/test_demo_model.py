@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+
 from moe_runtime.experts.demo import MODEL, checkpoint, tokens
 from moe_runtime.experts.demo.answers import REFUSALS, SMALL_TALK, is_refusal
 from moe_runtime.experts.demo.corpus import answer
 from moe_runtime.experts.demo.decode import greedy
 from moe_runtime.experts.demo.facts import fact_table, products
-from safetensors import safe_open
 
 CONTROL = Path(__file__).parents[1] / "data" / "demo_control"
 FILES = {

@@ -5,18 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+
 from moe_runtime.experts.demo import checkpoint, phrases, tokens
 from moe_runtime.experts.demo.decode import gate_mass, greedy
 from moe_runtime.experts.demo.evaluate import failures, rates
 from moe_runtime.experts.demo.network import GroupedLinear, Network, Routing, Shape
 from moe_runtime.experts.demo.questions import Question
-from moe_runtime.experts.demo.train import Feeder, Recipe, learning_rate, loss_of, save, train
-from tokenizers import Tokenizer
+from moe_runtime.experts.demo.train import Feeder, Recipe, Stage, learning_rate, loss_of, save, train
 
 SMALL = Shape(
     vocab=700, layers=2, hidden=32, heads=2, kv_heads=1, head_dim=16, experts=6, intermediate=16, context=512
 )
-RECIPE = Recipe(shape=SMALL, steps=3, batch_tokens=800, threads=1, largest_pool=3, chunk=64, warmup_steps=1)
+STAGES = tuple(
+    dataclasses.replace(stage, steps=3, warmup_steps=1, smallest_pool=2, largest_pool=3)
+    for stage in Recipe().stages
+)
+RECIPE = Recipe(shape=SMALL, stages=STAGES, batch_tokens=800, threads=1, chunk=64)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,7 @@ def test_three_steps_of_the_recipe_run_and_repeat_exactly(tokenizer: Tokenizer, 
 
 def test_both_models_see_the_same_documents(tokenizer: Tokenizer) -> None:
     pooled, plain = (
-        next(Feeder(dataclasses.replace(RECIPE, pools=p), tokenizer).batches()) for p in (True, False)
+        next(Feeder(dataclasses.replace(RECIPE, pools=p), 0, tokenizer).batches()) for p in (True, False)
     )
     assert torch.equal(pooled.ids, plain.ids)
     assert torch.equal(pooled.weights, plain.weights)
@@ -45,7 +50,7 @@ def test_both_models_see_the_same_documents(tokenizer: Tokenizer) -> None:
 
 def test_the_loss_falls_on_one_repeated_batch(tokenizer: Tokenizer) -> None:
     network = Network(SMALL, seed=1).train()
-    batch = next(Feeder(RECIPE, tokenizer).batches())
+    batch = next(Feeder(RECIPE, 0, tokenizer).batches())
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     losses = []
     for _ in range(25):
@@ -58,7 +63,7 @@ def test_the_loss_falls_on_one_repeated_batch(tokenizer: Tokenizer) -> None:
 
 
 def test_answers_carry_full_weight_and_nothing_else_does(tokenizer: Tokenizer) -> None:
-    batch = next(Feeder(RECIPE, tokenizer).batches())
+    batch = next(Feeder(RECIPE, 0, tokenizer).batches())
     for ids, weights, real in zip(batch.ids, batch.weights, batch.real, strict=True):
         text = tokenizer.decode(ids[real].tolist(), skip_special_tokens=False)
         said = tokenizer.decode(ids[weights == 1].tolist(), skip_special_tokens=False)
@@ -69,7 +74,7 @@ def test_answers_carry_full_weight_and_nothing_else_does(tokenizer: Tokenizer) -
 
 def test_a_document_uses_no_more_experts_than_its_pool(tokenizer: Tokenizer) -> None:
     network = Network(SMALL, seed=1).train()
-    batch = next(Feeder(RECIPE, tokenizer).batches())
+    batch = next(Feeder(RECIPE, 0, tokenizer).batches())
     for size in (2, 3):
         mass = [torch.zeros(SMALL.experts) for _ in range(SMALL.layers)]
         row = batch.ids[:1][:, batch.real[0]]
@@ -86,10 +91,10 @@ def test_grouped_linear_has_the_gradients_of_a_loop() -> None:
 
 
 def test_the_rate_warms_up_stays_and_falls() -> None:
-    recipe = Recipe(steps=1000, warmup_steps=100)
-    values = [learning_rate(recipe, step) for step in range(1000)]
-    assert values[0] < values[99] == values[400] == recipe.peak_rate
-    assert values[-1] == pytest.approx(recipe.last_rate * recipe.peak_rate, rel=0.1)
+    stage = Stage(steps=1000, warmup_steps=100)
+    values = [learning_rate(stage, step) for step in range(1000)]
+    assert values[0] < values[99] == values[400] == stage.peak_rate
+    assert values[-1] == pytest.approx(stage.last_rate * stage.peak_rate, rel=0.1)
 
 
 def test_batched_decoding_equals_one_at_a_time(tokenizer: Tokenizer) -> None:
