@@ -184,9 +184,15 @@ class Engine:
         events: dict[tuple[str, int], list[TokenEvent]] = {}
         for name, prompt_ids in zip(names, prompts, strict=True):
             self.add(name, prompt_ids, params)
-        while any(name in self._requests for name in names):
-            for event in self.step():
-                events.setdefault((event.request_id, event.choice), []).append(event)
+        try:
+            while any(name in self._requests for name in names):
+                for event in self.step():
+                    events.setdefault((event.request_id, event.choice), []).append(event)
+        except BaseException:
+            self.fail_running("a step failed")
+            for name in names:
+                self.abort(name)
+            raise
         return [[_completion(events[name, choice]) for choice in range(params.n)] for name in names]
 
     def _compute(self, step: Step) -> Logits:

@@ -222,6 +222,15 @@ def test_a_step_that_fails_ends_the_running_and_spares_the_waiting(
     assert engine.stats().num_free_blocks == 64
 
 
+def test_generate_leaves_a_usable_engine_when_a_step_fails(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_running=1)
+    engine.model.fail_next = RuntimeError("boom")
+    with pytest.raises(RuntimeError, match="boom"):
+        engine.generate([[1] * 9, [2] * 9], GREEDY)
+    assert not engine.has_work() and engine.stats().num_free_blocks == 64
+    assert list(engine.generate([[1] * 9], GREEDY)[0][0].token_ids) == alone([1] * 9, 8)
+
+
 def test_counters_add_up(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
     engine.generate([[1] * 9, [1] * 9], GREEDY)
