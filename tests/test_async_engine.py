@@ -6,6 +6,7 @@
 import asyncio
 import dataclasses
 import logging
+import random
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -116,6 +117,29 @@ async def test_many_streams_and_choices_at_once(tokenizer: Tokenizer) -> None:
                 assert [token for event in own for token in event.token_ids] == alone()
                 assert own[-1].finish_reason == "length"
         assert engine.stats().generation_tokens == 30 * 2 * 8
+
+
+@in_loop
+async def test_readers_that_leave_at_random_disturb_nobody(tokenizer: Tokenizer) -> None:
+    draw = random.Random(3)
+    async with running(tokenizer, num_blocks=24, max_context=40, max_batch_tokens=8) as (engine, _):
+
+        async def read(name: str, patience: int) -> list[int]:
+            tokens: list[int] = []
+            async with engine.submit(name, PROMPT, GREEDY) as stream:
+                async for event in stream:
+                    tokens += event.token_ids
+                    if len(tokens) > patience:
+                        break
+            return tokens
+
+        readers = [asyncio.create_task(read(f"{i}", draw.choice([0, 3, 99]))) for i in range(120)]
+        for reader in draw.sample(readers, 40):
+            await asyncio.sleep(0.002)
+            reader.cancel()
+        for tokens in await asyncio.gather(*readers, return_exceptions=True):
+            assert isinstance(tokens, asyncio.CancelledError) or tokens == alone()[: len(tokens)]
+        await idle(engine)
 
 
 @in_loop
