@@ -101,11 +101,15 @@ void compute_part(const Call& c, const Tile& tile, int64_t part, const State& re
     }
   }
   const int32_t* blocks = c.block_tables + c.sequence_rows[tile.first_token] * c.max_blocks;
-  for (int64_t i = 0; i < a.num_keys; ++i) {
-    const int64_t position = first + i, block = blocks[position / c.cache.block_size];
-    const int64_t row = (block * c.cache.kv_heads + tile.kv_head) * c.cache.block_size + position % c.cache.block_size;
-    a.keys[i] = c.keys + row * c.cache.key_dim * element;
-    a.values[i] = c.values ? c.values + row * c.cache.value_stride * element : a.keys[i];
+  const int64_t key_bytes = c.cache.key_dim * element, value_bytes = c.cache.value_dim * element;
+  for (int64_t i = 0; i < a.num_keys;) {
+    const int64_t block = blocks[(first + i) / c.cache.block_size], offset = (first + i) % c.cache.block_size;
+    int64_t row = (block * c.cache.kv_heads + tile.kv_head) * c.cache.block_size + offset;
+    const int64_t end = std::min<int64_t>(a.num_keys, i + c.cache.block_size - offset);
+    for (; i < end; ++i, ++row) {
+      a.keys[i] = c.keys + row * key_bytes;
+      a.values[i] = c.values ? c.values + row * value_bytes : a.keys[i];
+    }
   }
   a.cache_dtype = c.cache.dtype;
   a.key_dim = (int32_t)c.cache.key_dim;

@@ -60,8 +60,13 @@ static void score_all(const AttentionPart& a, float* scores) {
     const char* keys[4];
     for (int k = 0; k < 4; ++k) keys[k] = a.keys[key + k < a.num_keys ? key + k : a.num_keys - 1];
     int row = 0;
-    for (; row + R <= a.num_rows; row += R) score_keys<C, R>(a, row, keys, scores + row * kAttentionPart + key, kAttentionPart);
-    for (; row < a.num_rows; ++row) score_keys<C, 1>(a, row, keys, scores + row * kAttentionPart + key, kAttentionPart);
+    float* out = scores + key;
+    for (; row + R <= a.num_rows; row += R, out += R * kAttentionPart) score_keys<C, R>(a, row, keys, out, kAttentionPart);
+    switch (a.num_rows - row) {
+      case 1: score_keys<C, 1>(a, row, keys, out, kAttentionPart); break;
+      case 2: score_keys<C, 2>(a, row, keys, out, kAttentionPart); break;
+      case 3: score_keys<C, 3>(a, row, keys, out, kAttentionPart); break;
+    }
   }
 }
 
@@ -137,21 +142,30 @@ static void add_row_values(const AttentionPart& a, int row, int first, int end, 
   }
 }
 
+// The positions that all R rows see together, then what single rows see beyond.
+template <class C, int R>
+static void add_rows(const AttentionPart& a, int row, const float* scores) {
+  int shared = a.visible[row];
+  for (int r = 1; r < R; ++r) shared = a.visible[row + r] < shared ? a.visible[row + r] : shared;
+  add_row_values<C, R>(a, row, 0, shared, scores);
+  for (int r = row; r < row + R && R > 1; ++r) {
+    if (shared < a.visible[r]) add_row_values<C, 1>(a, r, shared, a.visible[r], scores);
+  }
+}
+
 template <class C>
 static void attend(const AttentionPart& a) {
-  constexpr int R = 4;
   alignas(64) float scores[kAttentionRows * kAttentionPart];
   score_all<C>(a, scores);
   __builtin_memset(a.out, 0, (size_t)a.num_rows * (size_t)a.value_dim * sizeof(float));
   for (int r = 0; r < a.num_rows; ++r) soften(scores + r * kAttentionPart, a.visible[r], a.max + r, a.sum + r);
   int row = 0;
-  for (; row + R <= a.num_rows; row += R) {
-    int shared = a.visible[row];
-    for (int r = 1; r < R; ++r) shared = a.visible[row + r] < shared ? a.visible[row + r] : shared;
-    add_row_values<C, R>(a, row, 0, shared, scores);
-    for (int r = row; r < row + R; ++r) add_row_values<C, 1>(a, r, shared, a.visible[r], scores);
+  for (; row + 4 <= a.num_rows; row += 4) add_rows<C, 4>(a, row, scores);
+  switch (a.num_rows - row) {
+    case 1: return add_rows<C, 1>(a, row, scores);
+    case 2: return add_rows<C, 2>(a, row, scores);
+    case 3: return add_rows<C, 3>(a, row, scores);
   }
-  for (; row < a.num_rows; ++row) add_row_values<C, 1>(a, row, 0, a.visible[row], scores);
 }
 
 static void attention_part(const AttentionPart* a) {

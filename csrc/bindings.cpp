@@ -90,11 +90,11 @@ PYBIND11_MODULE(_C, m) {
                 reinterpret_cast<const int64_t*>(slots), tokens);
   }, no_gil);
   m.def("attention", [](Address q, int64_t tokens, int64_t heads, Address keys, Address values, int64_t blocks,
-                        int64_t kv_heads, int64_t block_size, int64_t key_dim, int64_t value_dim, int64_t value_stride,
-                        int32_t dtype, Address positions, Address sequence_rows, Address tables, int64_t sequences,
+                        int64_t kv_heads, int64_t block_size, int64_t key_dim, int64_t value_dim, int32_t dtype,
+                         Address positions, Address sequence_rows, Address tables, int64_t sequences,
                         int64_t max_blocks, double scale, Address out) {
     attention(floats(q), tokens, heads, bytes(keys), bytes(values),
-              {blocks, kv_heads, block_size, key_dim, value_dim, value_stride, dtype}, ints(positions),
+              {blocks, kv_heads, block_size, key_dim, value_dim, dtype}, ints(positions),
               ints(sequence_rows), ints(tables), sequences, max_blocks, scale, floats_out(out));
   }, no_gil);
 }

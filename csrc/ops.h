@@ -43,7 +43,7 @@ void write_cache(char* cache, int64_t num_blocks, int64_t heads, int64_t block_s
 
 // attention.cpp
 struct CacheShape {
-  int64_t num_blocks, kv_heads, block_size, key_dim, value_dim, value_stride;  // stride: elements between value rows
+  int64_t num_blocks, kv_heads, block_size, key_dim, value_dim;
   int32_t dtype;
 };
 void attention(const float* q, int64_t num_tokens, int64_t num_heads, const char* keys, const char* values,

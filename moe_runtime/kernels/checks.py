@@ -20,7 +20,7 @@ def check(
     """The address of a contiguous CPU tensor of exactly this shape and dtype."""
     if tensor.dtype is not dtype or tensor.shape != tuple(shape):
         raise failure(op, argument, f"{dtype} {list(shape)}", f"{tensor.dtype} {list(tensor.shape)}")
-    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+    if not tensor.is_contiguous() or not tensor.is_cpu:
         raise failure(
             op, argument, "contiguous on the CPU", f"on {tensor.device} with strides {tensor.stride()}"
         )

@@ -210,7 +210,7 @@ def attention(
     tables_at = check(op, "block_tables", block_tables, (sequences, max_blocks), _INT)
     out = torch.empty(tokens, heads, value_dim, dtype=_FLOAT)
     _C.attention(
-        q_at, tokens, heads, keys_at, values_at, num_blocks, kv_heads, block_size, key_dim, value_dim,
-        value_dim, tag, positions_at, rows_at, tables_at, sequences, max_blocks, scale, out.data_ptr(),
+        q_at, tokens, heads, keys_at, values_at, num_blocks, kv_heads, block_size, key_dim, value_dim, tag,
+        positions_at, rows_at, tables_at, sequences, max_blocks, scale, out.data_ptr(),
     )  # fmt: skip
     return out
