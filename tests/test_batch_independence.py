@@ -112,7 +112,7 @@ def test_answers_are_equal_to_the_last_bit_alone_and_in_any_mix(name: str, tmp_p
                 assert content(events) == wanted[: len(events)]  # shorter when it was aborted
         preemptions += engine.stats().preemptions
         hits += engine.stats().prefix_hit_tokens
-    assert preemptions > num_mixes and hits > 5 * num_mixes, "the mixes must be rough"
+    assert preemptions > num_mixes // 2 and hits > 5 * num_mixes, "the mixes must be rough"
 
 
 def canary(number: int) -> str:
