@@ -29,7 +29,7 @@ class EngineConfig:
     )
     max_running: int = option(64, "sequences that hold cache blocks at the same time")
     max_queue: int = option(
-        512, "sequences accepted beyond --max-running, to wait; more are refused (status 429)"
+        512, "sequences accepted beyond --max-running, to wait; more are refused (status 503)"
     )
     block_size: int = option(16, "tokens per cache block, a power of two")
     cache_bytes: int = option(
