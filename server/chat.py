@@ -1,14 +1,14 @@
 """POST /v1/chat/completions: parse, submit, render."""
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from moe_runtime.errors import RequestError
-from moe_runtime.sampling import SamplingParams
+from moe_runtime.sampling import MAX_LOGPROBS, SamplingParams
 from moe_runtime.server.generation import Generation, prepare, sampling_params, while_connected
 from moe_runtime.server.json_body import parse_object
 from moe_runtime.server.logprobs import chat_logprobs
@@ -28,7 +28,8 @@ async def create_chat_completion(service: Service, request: Request) -> Response
         return body, _encode(service, body), _params(service, body)
 
     body, prompt, params = await prepare(request, admit)
-    generation = Generation(service, record_of(request), [prompt], params)
+    with _own_names(body):
+        generation = Generation(service, record_of(request), [prompt], params)
     headers = ignored_header(ignored_fields(body))
     if body.stream:
         return EventStream(generation, _chunks(generation, body), headers)
@@ -47,6 +48,10 @@ def _params(service: Service, body: ChatBody) -> SamplingParams:
     logprobs = None
     if body.logprobs:
         logprobs = body.top_logprobs or 0
+        if not 0 <= logprobs <= MAX_LOGPROBS:
+            raise RequestError(
+                f"top_logprobs must be from 0 to {MAX_LOGPROBS}, got {logprobs}", param="top_logprobs"
+            )
     elif body.top_logprobs:
         raise RequestError("'top_logprobs' needs 'logprobs' to be true", param="top_logprobs")
     max_tokens = body.max_tokens
@@ -57,9 +62,22 @@ def _params(service: Service, body: ChatBody) -> SamplingParams:
         max_tokens = body.max_completion_tokens
     if max_tokens == 0:
         raise RequestError("max_tokens must be at least 1", param="max_tokens")
-    return sampling_params(
-        body, service.engine.engine.default_params, logprobs=logprobs, max_tokens=max_tokens
-    )
+    defaults = service.engine.engine.default_params
+    with _own_names(body):
+        return sampling_params(body, defaults, logprobs=logprobs, max_tokens=max_tokens)
+
+
+@contextmanager
+def _own_names(body: ChatBody) -> Iterator[None]:
+    """Errors of the engine name its own parameters; the client wants to read the names it sent."""
+    try:
+        yield
+    except RequestError as error:
+        if error.param == "prompt":
+            error.param = "messages"
+        elif error.param == "max_tokens" and body.max_completion_tokens is not None:
+            error.param = "max_completion_tokens"
+        raise
 
 
 async def _whole(generation: Generation, body: ChatBody) -> dict[str, Any]:

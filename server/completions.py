@@ -12,7 +12,7 @@ from moe_runtime.errors import RequestError, RequestFailed
 from moe_runtime.sampling import SamplingParams
 from moe_runtime.server.generation import Generation, prepare, sampling_params, while_connected
 from moe_runtime.server.json_body import parse_object
-from moe_runtime.server.logprobs import CompletionLogprobs, HasText, Piece
+from moe_runtime.server.logprobs import CompletionLogprobs, Piece
 from moe_runtime.server.request_log import record_of
 from moe_runtime.server.schema import CompletionBody, ignored_fields, validate
 from moe_runtime.server.service import Service
@@ -85,24 +85,24 @@ class _Choice:
             self.echo = prompt
         elif body.echo:
             self.echo = self.tokenizer.decode(prompt_ids, skip_special_tokens=False)
-        self.logprobs = CompletionLogprobs() if body.logprobs is not None else None
+        self.logprobs = CompletionLogprobs(self.tokenizer.special_ids) if body.logprobs is not None else None
 
     def render(
         self, event: TokenEvent, prompt_logprobs: Sequence[TokenLogprob | None] | None
     ) -> tuple[str, dict[str, Any] | None]:
         """The text and logprobs that ``event`` adds; its first call also adds the echoed prompt."""
         text = event.text
-        tokens: list[TokenLogprob | None] = list(event.logprobs or ())
-        pieces: list[HasText] = list(event.logprobs or ())
+        parts = []
         if self.echo is not None:
             text = self.echo + text
-            self.echo = None
             if self.logprobs is not None:
-                tokens = [*(prompt_logprobs or [None] * len(self.prompt_ids)), *tokens]
-                pieces = [*(Piece(*self.tokenizer.piece(token_id)) for token_id in self.prompt_ids), *pieces]
-        if self.logprobs is None or not pieces:
-            return text, None
-        return text, self.logprobs.render(tokens, pieces)
+                pieces = [Piece(*self.tokenizer.piece(token_id)) for token_id in self.prompt_ids]
+                known = prompt_logprobs or [None] * len(pieces)
+                parts.append(self.logprobs.prompt(self.echo, self.prompt_ids, pieces, known))
+            self.echo = None
+        if self.logprobs is not None and event.logprobs:
+            parts.append(self.logprobs.answer(event.logprobs))
+        return text, _join(parts) if parts else None
 
 
 async def _rendered(

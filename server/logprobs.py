@@ -2,7 +2,7 @@
 
 import codecs
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,24 +52,56 @@ def token_key(token: HasText) -> str:
 
 
 class CompletionLogprobs:
-    """``choices[].logprobs`` of the completions endpoint, which counts characters along the whole text."""
+    """``choices[].logprobs`` of the completions endpoint, which says where in the text each token begins.
 
-    def __init__(self) -> None:
+    Special tokens are tokens without text, unless the echoed prompt spells them.
+    """
+
+    def __init__(self, special_ids: Collection[int]) -> None:
+        self._special_ids = special_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def render(self, tokens: Sequence[TokenLogprob | None], texts: Sequence[HasText]) -> dict[str, Any]:
-        """``tokens`` and ``texts`` are aligned; ``tokens`` has None where nothing predicts one."""
+    def prompt(
+        self,
+        echo: str,
+        token_ids: Sequence[int],
+        pieces: Sequence[Piece],
+        tokens: Sequence[TokenLogprob | None],
+    ) -> dict[str, Any]:
+        """The echoed prompt. All four are aligned; ``tokens`` has None where nothing predicts one."""
         offsets = []
-        for text in texts:
+        for token_id, piece in zip(token_ids, pieces, strict=True):
             offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(text.bytes))
-        return {
-            "tokens": [token_key(text) for text in texts],
-            "token_logprobs": [None if token is None else finite(token.logprob) for token in tokens],
-            "top_logprobs": [None if token is None else _top(token) for token in tokens],
-            "text_offset": offsets,
-        }
+            text = self._decoder.decode(piece.bytes)
+            if token_id in self._special_ids and not echo.startswith(text, self._offset):
+                continue  # a begin token that the client did not write
+            if text.startswith(" ") and not echo.startswith(" ", self._offset):
+                text = text[1:]  # many vocabularies put a space before the first word
+            self._offset = min(self._offset + len(text), len(echo))
+        self._offset = len(echo)
+        self._decoder.reset()
+        return _completion_logprobs(pieces, tokens, offsets)
+
+    def answer(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The next tokens of the answer."""
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offset)
+            if token.token_id not in self._special_ids:
+                self._offset += len(self._decoder.decode(token.bytes))
+        return _completion_logprobs(tokens, tokens, offsets)
+
+
+def _completion_logprobs(
+    pieces: Sequence[HasText], tokens: Sequence[TokenLogprob | None], offsets: list[int]
+) -> dict[str, Any]:
+    return {
+        "tokens": [token_key(piece) for piece in pieces],
+        "token_logprobs": [None if token is None else finite(token.logprob) for token in tokens],
+        "top_logprobs": [None if token is None else _top(token) for token in tokens],
+        "text_offset": offsets,
+    }
 
 
 def _top(token: TokenLogprob) -> dict[str, float]:

@@ -138,7 +138,7 @@ class Common(Strict):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], float] | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], float] | None = None
     seed: int | None = None
     stop: Annotated[list[str], BeforeValidator(_as_list)] | None = None
     stop_token_ids: list[int] | None = None

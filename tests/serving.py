@@ -28,6 +28,8 @@ ANSWER = "The rate is 4.35 %, 利率为 4.35 %。"
 class ByteTokenizer:
     """Token id = byte; 256 ends a text."""
 
+    special_ids = frozenset({END_TOKEN})
+
     def encode(self, text: str, *, add_special_tokens: bool = False, plain: bool = False) -> list[int]:
         return list(text.encode())
 

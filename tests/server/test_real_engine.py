@@ -138,6 +138,46 @@ def test_what_only_the_engine_knows_is_refused_at_admission(
     assert error.value.param in {field, "prompt"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"messages": [{"role": "user", "content": "a" * 600}]}, "messages"),
+        ({"max_tokens": 4096}, "max_tokens"),
+        ({"max_completion_tokens": 4096}, "max_completion_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+    ],
+)
+def test_chat_errors_name_what_the_client_sent(
+    client: openai.OpenAI, changes: dict[str, Any], param: str
+) -> None:
+    body: Any = {"model": MODEL, "messages": HELLO} | changes
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(**body)
+    assert error.value.param == param
+    assert (
+        param in error.value.message or "prompt" in error.value.message or "max_tokens" in error.value.message
+    )
+
+
+def test_text_offsets_point_into_the_text_also_after_special_tokens(client: openai.OpenAI) -> None:
+    """No special token of an answer has text; a prompt's ids are echoed with theirs."""
+    bias = {"258": 100, "97": 99.0}
+    answer = client.completions.create(
+        model=MODEL, prompt=[257, 98], echo=True, logprobs=0, max_tokens=8, temperature=1, seed=5,
+        logit_bias=bias, extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    choice = answer.choices[0]
+    assert choice.logprobs is not None
+    tokens, offsets = choice.logprobs.tokens or [], choice.logprobs.text_offset or []
+    assert "<|im_end|>" in tokens and "a" in tokens
+    assert choice.text == "<|im_start|>b" + "a" * tokens.count("a")
+    for token, offset in zip(tokens, offsets, strict=True):
+        if token != "<|im_end|>":
+            assert choice.text.startswith(token, offset)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_blocks(server: Running, stream: bool) -> None:
     body = {
