@@ -26,6 +26,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,299}")
+STRAY_FILE = re.compile(r"(model-\d{5}-of-\d{5}|adapter_model)\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -127,9 +128,11 @@ def _list_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
                     tensor=ascii(name[:80])[1:-1],
                 )
         files = [folder / file for file in sorted(set(weight_map.values()))]
+        _refuse_strays(folder, files)
         return files, weight_map
     found = sorted(folder.glob("*.safetensors"))
     if (folder / SINGLE_FILE) in found:
+        _refuse_strays(folder, [folder / SINGLE_FILE])
         return [folder / SINGLE_FILE], None
     if len(found) == 1:
         return found, None
@@ -146,8 +149,21 @@ def _list_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     raise CheckpointError(f"no {SINGLE_FILE} and no {INDEX_FILE}", file=folder.name)
 
 
+def _refuse_strays(folder: Path, files: list[Path]) -> None:
+    """Weights by other names (another format's copy) are left alone; these look as if they belonged."""
+    for path in sorted(folder.glob("*.safetensors")):
+        if STRAY_FILE.fullmatch(path.name) and path not in files:
+            raise CheckpointError(
+                f"would not be used: the model is in {files[0].name}{' and others' if files[1:] else ''}. "
+                "Shards need their index, adapters must be merged into the weights first; or remove the file",
+                file=path.name,
+            )
+
+
 def read_header(path: Path) -> Iterator[TensorEntry]:
     """The tensors of one file, checked against each other and the file's size. Raises CheckpointError."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError("not a regular file", file=path.name)  # opening a pipe would wait for ever
     try:
         with safe_open(path, framework="pt"):  # the library's own checks
             pass

@@ -23,11 +23,9 @@ def read_rope(
     ``theta`` and ``rotary_fraction`` are the architecture's defaults; None: it rotates whole heads, always.
     """
     section = fields.section("rope_parameters|rope_scaling") or Fields({})
-    theta = fields.number("rope_theta", 1.0, 1e12, theta)
-    theta = section.number("rope_theta", 1.0, 1e12, theta)
+    theta = _either(fields, section, "rope_theta", 2.0, 1e12, theta)
     least = 1.0 if rotary_fraction is None else 0.0
-    fraction = fields.number("partial_rotary_factor", least, 1.0, rotary_fraction or 1.0)
-    fraction = section.number("partial_rotary_factor", least, 1.0, fraction)
+    fraction = _either(fields, section, "partial_rotary_factor", least, 1.0, rotary_fraction or 1.0)
     rotary_dim = int(dimensions * fraction)
     if rotary_dim < 2 or rotary_dim % 2:
         raise fields.error(
@@ -39,6 +37,14 @@ def read_rope(
         rope = _scaled(fields, section, rope, kind)
     section.finish()
     return rope
+
+
+def _either(fields: Fields, section: Fields, key: str, low: float, high: float, default: float) -> float:
+    """A number that old files have at the top and new ones in the section; refused where they disagree."""
+    outer, inner = fields.optional_number(key, low, high), section.optional_number(key, low, high)
+    if outer is not None and inner is not None and outer != inner:
+        raise section.error(key, f"{inner:g}, but {outer:g} outside of the section")
+    return next((value for value in (inner, outer) if value is not None), default)
 
 
 def _scaled(fields: Fields, section: Fields, rope: RopeConfig, kind: str) -> RopeConfig:
@@ -62,10 +68,14 @@ def _scaled(fields: Fields, section: Fields, rope: RopeConfig, kind: str) -> Rop
         table_scale = yarn_scale(factor, mscale) / yarn_scale(factor, mscale_all)
     else:
         table_scale = yarn_scale(factor, 1.0)
+    fast = section.number("beta_fast", 0.0, 1e6, 0.0) or 32.0
+    slow = section.number("beta_slow", 0.0, 1e6, 0.0) or 1.0
+    if fast < slow:
+        raise section.error("beta_fast", f"{fast:g} is below beta_slow {slow:g}")
     return RopeConfig(
         rope.theta, rope.rotary_dim, "yarn", rope.interleaved, factor, original,
-        beta_fast=section.number("beta_fast", 0.0, 1e6, 0.0) or 32.0,
-        beta_slow=section.number("beta_slow", 0.0, 1e6, 0.0) or 1.0,
+        beta_fast=fast,
+        beta_slow=slow,
         truncate=section.flag("truncate", True),
         table_scale=section.number("attention_factor", 0.0, 1e3, table_scale),
         softmax_scale=yarn_scale(factor, mscale_all) ** 2 if mscale_all else 1.0,

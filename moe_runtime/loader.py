@@ -24,6 +24,7 @@ from moe_runtime.models import Architecture, find_architecture
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHECK_ELEMENTS = 1 << 22  # elements looked at together when searching for NaN
 FP8_ROWS_PER_STEP = 8  # block rows widened together
 
@@ -40,12 +41,18 @@ def load_model(model_dir: Path, kernels: Kernels) -> Decoder:
 
 
 def require_model_folder(model_dir: Path) -> None:
-    """Raises CheckpointError unless the folder has the files that say what the model and its text are."""
+    """Raises CheckpointError unless the folder has the files that say what the model and its text are, and
+    the text is not another program's business.
+    """
     if not model_dir.is_dir():
         raise CheckpointError("not a folder", file=str(model_dir))
     for name in (CONFIG_FILE, TOKENIZER_FILE):
         if not (model_dir / name).is_file():
             raise CheckpointError(f"missing from {model_dir}", file=name)
+    path = model_dir / TOKENIZER_CONFIG_FILE
+    if path.exists():
+        # Where a folder brings a tokenizer of its own, tokenizer.json need not say the same.
+        _check_auto_map(read_json(path).get("auto_map"), frozenset(), path.name)
 
 
 def read_model_config(model_dir: Path, default_dtype: str | None) -> tuple[Architecture, ModelConfig]:
@@ -63,7 +70,7 @@ def read_model_config(model_dir: Path, default_dtype: str | None) -> tuple[Archi
     return architecture, config
 
 
-def _check_auto_map(auto_map: object, published: frozenset[str]) -> None:
+def _check_auto_map(auto_map: object, published: frozenset[str], file: str = CONFIG_FILE) -> None:
     """Code that comes with a checkpoint is never run; a map to code we implement ourselves is harmless."""
     if auto_map is None:
         return
@@ -71,7 +78,7 @@ def _check_auto_map(auto_map: object, published: frozenset[str]) -> None:
     for name in classes:
         if not isinstance(name, str) or name not in published:
             raise CheckpointError(
-                f"auto_map asks for custom code ({str(name)[:80]}), which is never run", file=CONFIG_FILE
+                f"auto_map asks for custom code ({str(name)[:80]}), which is never run", file=file
             )
 
 
@@ -161,7 +168,9 @@ def _read(entry: TensorEntry, checkpoint: Checkpoint, config: ModelConfig) -> to
     scale_entry = checkpoint.entries[f"{entry.name}_scale_inv"]
     scale = checkpoint.read(scale_entry)
     _check_finite(scale, scale_entry)
-    return widen_fp8(tensor, scale, config.fp8, getattr(torch, config.dtype))
+    wide = widen_fp8(tensor, scale, config.fp8, getattr(torch, config.dtype))
+    _check_finite(wide, entry)  # a finite scale may still carry it beyond the wider type
+    return wide
 
 
 def widen_fp8(weight: torch.Tensor, scale: torch.Tensor, fp8: Fp8Config, dtype: torch.dtype) -> torch.Tensor:

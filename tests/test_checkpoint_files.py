@@ -1,6 +1,7 @@
 """Hostile and damaged safetensors files: each is refused with a message naming the file (T31, T32)."""
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -230,3 +231,31 @@ def test_a_pickle_renamed_to_safetensors_is_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="model.safetensors: not a valid"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model-00003-of-00003.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_weights_that_seem_to_belong_but_would_not_be_used_are_refused(
+    tmp_path: Path, name: str, indexed: bool
+) -> None:
+    if indexed:
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(shards(tmp_path)))
+    else:
+        save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    Checkpoint(tmp_path)
+    save_file({"b": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: would not be used"):
+        Checkpoint(tmp_path)
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: not a regular file"):
+        Checkpoint(tmp_path)
+
+
+def test_files_may_be_links_as_in_a_hub_cache(tmp_path: Path) -> None:
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "blob").write_bytes(GOOD)
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to(tmp_path / "blob")
+    assert sorted(Checkpoint(tmp_path / "snapshot").entries) == ["a", "b"]

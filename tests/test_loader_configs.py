@@ -1,5 +1,6 @@
 """Configs that would change the mathematics, exhaust memory or run code are refused at load."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,15 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "rope without factor": ({"rope_scaling": {"type": "yarn"}}, r"rope_scaling.factor: missing"),
     "rope factor below one": ({"rope_scaling": {"type": "linear", "factor": 0.5}}, r"factor: 0.5 is outside"),
     "rope is a list": ({"rope_scaling": [1]}, r"rope_scaling: expected an object"),
+    "rope base of one": ({"rope_theta": 1.0}, r"rope_theta: 1.0 is outside"),
+    "two rope bases": (
+        {"rope_theta": 1e6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        r"rope_parameters.*rope_theta: 10000, but 1e\+06 outside",
+    ),
+    "yarn bands swapped": (
+        {"rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": 1, "beta_slow": 32}},
+        r"beta_fast: 1 is below beta_slow 32",
+    ),
     "llama3 bands swapped": (
         {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},
         r"high_freq_factor: 1 is not above",
@@ -134,6 +144,14 @@ def test_a_folder_without_its_files_is_refused(good: Path, name: str) -> None:
 def test_a_config_that_is_not_a_plain_object_is_refused(good: Path, text: str) -> None:
     (good / "config.json").write_text(text, errors="surrogateescape")
     with pytest.raises(CheckpointError, match="config.json: "):
+        load(good, "reference")
+
+
+def test_a_tokenizer_that_comes_as_code_is_refused(good: Path) -> None:
+    path = good / "tokenizer_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]}}))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: auto_map asks .*tokenization_evil"):
         load(good, "reference")
 
 

@@ -110,6 +110,8 @@ def test_damaged_float8_checkpoints_are_refused(tmp_path: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.experts.3.down_proj.weight"
     scale = f"{name}_scale_inv"
+    overflowing = stored[scale].clone()
+    overflowing[1, 0] = 3e38
     infinite, not_a_number = stored[scale].clone(), stored[name].clone()
     infinite[0, 0] = float("inf")
     not_a_number.view(torch.uint8)[5, 6] = 0x7F
@@ -118,6 +120,7 @@ def test_damaged_float8_checkpoints_are_refused(tmp_path: Path) -> None:
         ({scale: torch.ones(1, 2)}, rf"{scale}: F32 \[1, 2\], expected F32 or BF16 \[2, 2\]"),
         ({scale: stored[scale].half()}, rf"{scale}: F16 \[2, 2\]"),
         ({scale: infinite}, rf"{scale}: NaN or infinity at \[0, 0\]"),
+        ({scale: overflowing}, rf"{name}: NaN or infinity at \[(1[6-9]|2\d|3[01]), \d\]"),
         ({name: not_a_number}, rf"{name}: NaN or infinity at \[5, 6\]"),
         ({"lm_head.weight_scale_inv": torch.ones(17, 4)}, r"lm_head.weight_scale_inv: scales for a tensor"),
         ({"model.norm.weight_scale_inv": torch.ones(1)}, r"model.norm.weight_scale_inv: scales for a tensor"),
