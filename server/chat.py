@@ -41,6 +41,7 @@ def _encode(service: Service, body: ChatBody) -> list[int]:
     template = service.engine.engine.chat
     if template is None:
         raise RequestError("this model has no chat template; use /v1/completions", param="messages")
+    service.require_room(sum(len(message.content) for message in body.messages), "messages")
     return template.encode([message.as_template_input() for message in body.messages])
 
 

@@ -50,6 +50,9 @@ async def create_completion(service: Service, request: Request) -> Response:
 
 def _encode(service: Service, body: CompletionBody) -> list[list[int]]:
     tokenizer = service.engine.engine.tokenizer
+    for prompt in body.prompt:
+        if isinstance(prompt, str):
+            service.require_room(len(prompt), "prompt")
     return [
         tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
         for prompt in body.prompt

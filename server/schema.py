@@ -118,6 +118,11 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None  # padding against traffic analysis; none is sent
 
 
+# Applied one by one to every token of every answer, in the step that all requests share.
+MAX_LOGIT_BIAS = 1024
+LogitBias = dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], float]
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -138,7 +143,7 @@ class Common(Strict):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], float] | None = None
+    logit_bias: Annotated[LogitBias, Field(max_length=MAX_LOGIT_BIAS)] | None = None
     seed: int | None = None
     stop: Annotated[list[str], BeforeValidator(_as_list)] | None = None
     stop_token_ids: list[int] | None = None

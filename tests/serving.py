@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -232,11 +233,11 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 @contextlib.contextmanager
-def serving(engine: Any, **limits: Any) -> Iterator[Running]:
+def serving(engine: Any, *, max_prompt_characters: int = sys.maxsize, **limits: Any) -> Iterator[Running]:
     """Serve ``engine`` (an AsyncEngine or a FakeEngine) on a free port until the block ends."""
     config = ServerConfig(port=0, **limits)
     card = ModelCard(MODEL, 1_700_000_000, "fp_test")
-    service = Service(engine, card, config, Gate(), Metrics(MODEL, engine.stats))
+    service = Service(engine, card, config, Gate(), Metrics(MODEL, engine.stats), max_prompt_characters)
     ready = threading.Event()
     server = Server(service, on_ready=ready.set)
     with socket.socket() as listener:

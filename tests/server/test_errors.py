@@ -104,3 +104,14 @@ def test_no_field_is_in_two_classes() -> None:
     assert not declared & set(UNSUPPORTED)
     assert not declared & HARMLESS
     assert not set(UNSUPPORTED) & HARMLESS
+
+
+@pytest.mark.parametrize(("entries", "taken"), [(1024, True), (1025, False)])
+def test_more_biases_than_a_step_can_bear_are_refused(entries: int, taken: bool) -> None:
+    body = {"model": "m", "prompt": "a", "logit_bias": {str(token_id): 1.0 for token_id in range(entries)}}
+    if taken:
+        assert len(validate(CompletionBody, body).logit_bias or {}) == entries
+        return
+    with pytest.raises(RequestError, match="at most 1024 items") as error:
+        validate(CompletionBody, body)
+    assert error.value.param == "logit_bias"

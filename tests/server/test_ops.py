@@ -9,9 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import MODEL, ByteTokenizer, FakeEngine, serving
+from serving import MODEL, ByteTokenizer, FakeEngine, serving, tiny_engine
 
-from moe_runtime.server.service import describe_model
+from moe_runtime.server.service import build_service, describe_model, longest_token
+from moe_runtime.server.settings import ServerConfig
 
 BODY = {"model": MODEL, "prompt": "secret words", "max_tokens": 5}
 
@@ -117,6 +118,35 @@ def test_a_long_text_is_tokenised_beside_the_event_loop() -> None:
         assert time.monotonic() - started < 0.4, "the event loop was busy"
         sender.join()
     assert answers[0].startswith(b"HTTP/1.1 200 ")
+
+
+class LyingTokenizer(ByteTokenizer):
+    def encode(self, text: str, *, add_special_tokens: bool = False, plain: bool = False) -> list[int]:
+        raise AssertionError("this text should not have been read")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": ["a", "a" * 101]}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 51}] * 2}, "messages"),
+    ],
+)
+def test_a_text_that_cannot_fit_is_refused_unread(path: str, body: dict[str, Any], param: str) -> None:
+    engine = FakeEngine()
+    engine.engine.tokenizer = engine.engine.chat = LyingTokenizer()
+    with serving(engine, max_prompt_characters=100) as server:
+        reply = httpx.post(server.url + path, json={"model": MODEL} | body)
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+
+
+def test_no_text_that_fits_is_refused_unread(tmp_path: Path) -> None:
+    engine = tiny_engine(tmp_path, max_context=64)
+    service = build_service(engine, tmp_path, "tiny", ServerConfig())
+    assert longest_token(engine.engine.tokenizer) == len("<|endoftext|>")
+    assert service.max_prompt_characters == 4 * len("<|endoftext|>") * 64
 
 
 def test_the_fingerprint_tells_model_folders_apart(tmp_path: Path) -> None:
