@@ -22,7 +22,8 @@ int64_t num_tiles(int64_t n, PackTarget target) {
   return round_up(n, target == PackTarget::kLinear ? kPanelColumns : kTileColumns) / kTileColumns;
 }
 
-template <class T, class F>  // visit(source index, packed index or -1 ...) for every element of one tile
+// visit(source index, or -1 for padding; packed index) for every element of one tile.
+template <class F>
 void visit_tile(int64_t tile, int64_t n, int64_t k, int64_t group, PackTarget target, F visit) {
   const Place place = place_of(tile, target);
   const int64_t padded = round_up(k, kPadK);
@@ -47,18 +48,43 @@ void for_each_tile(int64_t n, int64_t k, PackTarget target, F body) {
   });
 }
 
-template <class T>
-void pack_as(const T* weight, int64_t n, int64_t k, int64_t group, PackTarget target, T* packed) {
+// A full tile, a group at a time (Group is 4 bytes for pairs of bf16): 16 x 16 blocks keep both sides in L1.
+template <class Group>
+void pack_full_tile(const char* weight, int64_t groups, int64_t padded_groups, char* packed) {
+  constexpr int64_t kSize = sizeof(Group), kBlock = 16;
+  for (int64_t first = 0; first < groups; first += kBlock) {
+    const int64_t end = std::min(groups, first + kBlock);
+    for (int64_t c = 0; c < kTileColumns; ++c) {
+      for (int64_t g = first; g < end; ++g) {
+        std::memcpy(packed + (g * kPanelColumns + c) * kSize, weight + (c * groups + g) * kSize, kSize);
+      }
+    }
+  }
+  for (int64_t g = groups; g < padded_groups; ++g) {
+    std::memset(packed + g * kPanelColumns * kSize, 0, kTileColumns * kSize);
+  }
+}
+
+template <class T, class Group>
+void pack_as(const T* weight, int64_t n, int64_t k, PackTarget target, T* packed) {
+  constexpr int64_t group = sizeof(Group) / sizeof(T);
+  const int64_t padded = round_up(k, kPadK);
   for_each_tile(n, k, target, [&](int64_t tile) {
-    visit_tile<T>(tile, n, k, group, target,
-                  [&](int64_t from, int64_t to) { packed[to] = from < 0 ? T(0) : weight[from]; });
+    if ((tile + 1) * kTileColumns <= n && k % group == 0) {
+      const Place place = place_of(tile, target);
+      T* home = packed + place.panel * padded * kPanelColumns + place.slot * kTileColumns * group;
+      pack_full_tile<Group>((const char*)(weight + tile * kTileColumns * k), k / group, padded / group, (char*)home);
+      return;
+    }
+    visit_tile(tile, n, k, group, target,
+               [&](int64_t from, int64_t to) { packed[to] = from < 0 ? T(0) : weight[from]; });
   });
 }
 
 template <class T>
 void unpack_as(const T* packed, int64_t n, int64_t k, int64_t group, PackTarget target, T* weight) {
   for_each_tile(n, k, target, [&](int64_t tile) {
-    visit_tile<T>(tile, n, k, group, target, [&](int64_t to, int64_t from) {
+    visit_tile(tile, n, k, group, target, [&](int64_t to, int64_t from) {
       if (to >= 0) weight[to] = packed[from];
     });
   });
@@ -67,9 +93,9 @@ void unpack_as(const T* packed, int64_t n, int64_t k, int64_t group, PackTarget 
 }  // namespace
 
 void pack(const char* weight, int64_t n, int64_t k, int32_t dtype, PackTarget target, char* packed) {
-  const int64_t group = group_size(dtype);
-  if (element_size(dtype) == 2) pack_as((const uint16_t*)weight, n, k, group, target, (uint16_t*)packed);
-  else pack_as((const uint32_t*)weight, n, k, group, target, (uint32_t*)packed);
+  if (dtype == kBFloat16) pack_as<uint16_t, uint32_t>((const uint16_t*)weight, n, k, target, (uint16_t*)packed);
+  else if (dtype == kFloat16) pack_as<uint16_t, uint16_t>((const uint16_t*)weight, n, k, target, (uint16_t*)packed);
+  else pack_as<uint32_t, uint32_t>((const uint32_t*)weight, n, k, target, (uint32_t*)packed);
 }
 
 void unpack(const char* packed, int64_t n, int64_t k, int32_t dtype, PackTarget target, char* weight) {
