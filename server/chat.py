@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from moe_runtime.errors import RequestError
+from moe_runtime.errors import ContextLengthExceeded, RequestError
 from moe_runtime.sampling import MAX_LOGPROBS, SamplingParams
 from moe_runtime.server.generation import Generation, prepare, sampling_params, while_connected
 from moe_runtime.server.json_body import parse_object
@@ -41,6 +41,11 @@ def _encode(service: Service, body: ChatBody) -> list[int]:
     template = service.engine.engine.chat
     if template is None:
         raise RequestError("this model has no chat template; use /v1/completions", param="messages")
+    max_context = service.engine.engine.max_context
+    if len(body.messages) > max_context:  # a turn takes a token at least; to render them would take long
+        raise ContextLengthExceeded(
+            f"{len(body.messages)} messages cannot fit the context of {max_context} tokens", param="messages"
+        )
     service.require_room(sum(len(message.content) for message in body.messages), "messages")
     return template.encode([message.as_template_input() for message in body.messages])
 

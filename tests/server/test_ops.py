@@ -130,6 +130,7 @@ class LyingTokenizer(ByteTokenizer):
     [
         ("/v1/completions", {"prompt": ["a", "a" * 101]}, "prompt"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 51}] * 2}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 4097}, "messages"),
     ],
 )
 def test_a_text_that_cannot_fit_is_refused_unread(path: str, body: dict[str, Any], param: str) -> None:
