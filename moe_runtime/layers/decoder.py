@@ -96,7 +96,7 @@ class Decoder:
             normed, residual = block.attention_norm.add(update, residual)
             update = block.attention(normed, batch, layer_cache, cache.rotation)
             # 3. After the last layer's attention only the rows we want logits for still matter.
-            if block is self.blocks[-1]:
+            if block is self.blocks[-1] and len(rows) < len(residual):  # they are ascending: else all are
                 update, residual = update.index_select(0, rows), residual.index_select(0, rows)
                 if not len(rows):
                     return update.new_empty(0, self.config.vocab_size)
