@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
-import moe_runtime._C as _C
 import pytest
+
+import moe_runtime._C as _C
 
 
 @pytest.fixture(params=_C.supported_isas())

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import moe_runtime._C as _C
 import pytest
 import torch
 from kernels.oracle import random_experts, random_routing
 
+import moe_runtime._C as _C
 from moe_runtime.errors import ConfigError, IsaUnavailable, KernelError
 from moe_runtime.kernels import OPS, choose, cpu, packing, reference
 
