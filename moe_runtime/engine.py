@@ -12,7 +12,7 @@ from moe_runtime import kernels, loader
 from moe_runtime.batch import Batch
 from moe_runtime.chat import ChatTemplate
 from moe_runtime.config import EngineConfig
-from moe_runtime.engine_setup import CacheSize, default_params, end_ids, plan_cache
+from moe_runtime.engine_setup import CacheSize, check_vocabulary, default_params, end_ids, plan_cache
 from moe_runtime.errors import ContextLengthExceeded, RequestError, RequestFailed
 from moe_runtime.generation import Generation, Sampled, rows_of
 from moe_runtime.kv_cache import BlockPool
@@ -71,6 +71,9 @@ class Engine:
     def load(cls, model_dir: Path, config: EngineConfig) -> "Engine":
         """Read everything a model folder holds. Raises CheckpointError or ConfigError."""
         tokenizer = Tokenizer.load(model_dir)
+        # Before the weights: they take minutes. Their dtype does not matter here.
+        _, model_config = loader.read_model_config(model_dir, "float32")
+        check_vocabulary(tokenizer, model_config.vocab_size)
         chat = ChatTemplate.load(model_dir, tokenizer)
         params = default_params(model_dir)
         if config.threads is not None:

@@ -55,6 +55,19 @@ def end_ids(model_config: Any, tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(token_id for token_id in ids if 0 <= token_id < model_config.vocab_size)
 
 
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise CheckpointError when the tokenizer knows tokens that the model has no row for.
+
+    The other way round is normal: published models pad their vocabulary.
+    """
+    if tokenizer.max_id >= vocab_size:
+        raise CheckpointError(
+            f"token {tokenizer.token(tokenizer.max_id)!r} has id {tokenizer.max_id}, but config.json gives "
+            f"the model a vocab_size of {vocab_size}",
+            file="tokenizer.json",
+        )
+
+
 def default_params(model_dir: Path) -> SamplingParams:
     """The sampling that generation_config.json recommends. Raises CheckpointError when it is out of range.
 

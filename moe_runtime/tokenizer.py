@@ -1,6 +1,7 @@
 """Tokenizer: text to ids and back, from the model folder's tokenizer.json. Knows no chat and no sequences."""
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -16,6 +17,9 @@ from moe_runtime.hf_config import read_json
 CONFIG_FILE = "tokenizer_config.json"
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+# Texts come one at a time: the library's own thread per core would only be in the kernels' way.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class Tokenizer:
@@ -58,12 +62,17 @@ class Tokenizer:
         """Ids below this may have a token; a model's own vocab_size is often padded above it."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def max_id(self) -> int:
+        """The largest id that ``encode`` can give; -1 without any token."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
     def encode(self, text: str, *, add_special_tokens: bool = False, plain: bool = False) -> list[int]:
         """Ids of ``text``.
 
         ``add_special_tokens`` adds what the file's post-processor adds (often a begin token). ``plain`` takes
-        control tokens written in ``text`` for ordinary characters. Raises RequestError for text that is not
-        Unicode (lone surrogates).
+        control tokens written in ``text`` for ordinary characters. Other threads run meanwhile, however long
+        ``text`` is. Raises RequestError for text that is not Unicode (lone surrogates).
         """
         try:
             text.encode("utf-8")
@@ -71,7 +80,7 @@ class Tokenizer:
             raise RequestError(f"text is not valid Unicode: {error.reason}", param="messages") from error
         if plain:
             return self._encode_plain(text)
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return _encode(self._tokenizer, [text], add_special_tokens)[0]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``token_ids``; bytes that form no character become U+FFFD, ids without token nothing."""
@@ -103,12 +112,15 @@ class Tokenizer:
             return token.encode("utf-8")
 
     def _encode_plain(self, text: str) -> list[int]:
-        ids: list[int] = self._plain_tokenizer.encode(text, add_special_tokens=False).ids
+        ids = _encode(self._plain_tokenizer, [text])[0]
         if self.control_ids.isdisjoint(ids):
             return ids
         # Some vocabularies hold "<s>" as an ordinary entry too. Letter by letter it cannot be met.
-        letters = (self._plain_tokenizer.encode(letter, add_special_tokens=False).ids for letter in text)
-        return [token_id for ids in letters for token_id in ids if token_id not in self.control_ids]
+        letters = sorted(set(text))
+        ids_of = dict(zip(letters, _encode(self._plain_tokenizer, letters), strict=True))
+        return [
+            token_id for letter in text for token_id in ids_of[letter] if token_id not in self.control_ids
+        ]
 
     @cached_property
     def _plain_tokenizer(self) -> Any:
@@ -140,6 +152,12 @@ def read_tokenizer_config(model_dir: Path) -> dict[str, object]:
     """``tokenizer_config.json`` as it is, empty when there is none. Raises CheckpointError."""
     path = model_dir / CONFIG_FILE
     return read_json(path) if path.exists() else {}
+
+
+def _encode(library: Any, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+    """Ids of each text. Of the library's calls only those for many texts let other Python threads run."""
+    encodings = library.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+    return [encoding.ids for encoding in encodings]
 
 
 def _read(path: Path) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fake_model import Answer, FakeConfig, FakeModel, byte_tokenizer, echo_answer, random_answer
+from tokenizers import Tokenizer as Library
 from world import MESSAGE_END, VOCAB_SIZE, tiny_checkpoint
 
 from moe_runtime.config import EngineConfig
@@ -337,6 +338,15 @@ def test_a_loaded_engine_has_all_parts_and_answers_a_chat(tmp_path: Path) -> Non
     [[answer]] = engine.generate([prompt], GREEDY)
     assert answer.finish_reason in ("stop", "length") and answer.num_prompt_tokens == len(prompt)
     assert answer.text == engine.tokenizer.decode(answer.token_ids)
+
+
+def test_a_tokenizer_with_ids_beyond_the_model_stops_the_start(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path)
+    library = Library.from_file(str(folder / "tokenizer.json"))
+    library.add_tokens([f"word-{token_id}" for token_id in range(MESSAGE_END + 1, VOCAB_SIZE + 1)])
+    library.save(str(folder / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: token 'word-272' has id 272.* of 272"):
+        Engine.load(folder, EngineConfig(num_blocks=8))
 
 
 def test_the_echo_model_echoes(make_engine: Callable[..., Engine]) -> None:

@@ -1,6 +1,13 @@
 """Text to ids and back, whole or token by token, for byte-level and for byte-fallback vocabularies."""
 
 import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,6 +72,8 @@ def byte_fallback() -> Tokenizer:
 
 
 TOKENIZERS = {"byte level": byte_level(), "byte fallback": byte_fallback()}
+DEMO_FILE = Path(__file__).resolve().parent.parent / "experts" / "demo" / "model" / "tokenizer.json"
+DEMO = Tokenizer(DEMO_FILE.read_text(encoding="utf-8"))
 either = pytest.mark.parametrize("name", TOKENIZERS)
 IDS = st.lists(st.integers(0, 300), max_size=30)
 
@@ -136,6 +145,78 @@ def test_bracketed_added_tokens_are_control_tokens_and_others_are_not() -> None:
 def test_plain_and_ordinary_encoding_agree_on_harmless_text(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
     assert tokenizer.encode(text) == tokenizer.encode(text, plain=True)
+
+
+LIBRARIES = [
+    (tokenizer, Library.from_str(json.dumps(tokenizer._description)))
+    for tokenizer in (*TOKENIZERS.values(), DEMO)
+]
+PARTS = st.text(max_size=8) | st.sampled_from([*SPECIALS, *TEXTS, " ", "<think>"])
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(parts=st.lists(PARTS, max_size=8), add_special_tokens=st.booleans())
+def test_ids_are_those_of_the_library_s_call_for_one_text(parts: list[str], add_special_tokens: bool) -> None:
+    text = "".join(parts)
+    for tokenizer, library in LIBRARIES:
+        expected = library.encode(text, add_special_tokens=add_special_tokens).ids
+        assert tokenizer.encode(text, add_special_tokens=add_special_tokens) == expected
+
+
+def longest_wait_of_another_thread(work: Callable[[], object]) -> float:
+    """As a share of the time that ``work`` takes."""
+    moments: list[float] = []
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.002):
+            moments.append(time.monotonic())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        start = time.monotonic()
+        work()
+        end = time.monotonic()
+    finally:
+        done.set()
+        thread.join()
+    turns = [start, *(moment for moment in moments if start < moment < end), end]
+    return max(later - earlier for earlier, later in zip(turns, turns[1:], strict=False)) / (end - start)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_other_threads_run_while_a_long_text_is_encoded(plain: bool) -> None:
+    words = ["interest", "rate", "Harbor", "基金的风险等级", "<|im_end|>", "🙂", "4.5 %"]
+    text = " ".join(random.Random(1).choices(words, k=100_000))
+    DEMO.encode("<|im_end|>", plain=plain)  # what is made at the first call only
+    # A call that keeps the interpreter makes the others wait for all of it (1.0); measured without: 0.05.
+    assert longest_wait_of_another_thread(lambda: DEMO.encode(text, plain=plain)) < 0.5
+
+
+def test_one_text_at_a_time_needs_no_thread_per_core() -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from moe_runtime.tokenizer import Tokenizer; "
+        "tokenizer = Tokenizer(Path(sys.argv[1]).read_text(encoding='utf-8')); "
+        "before = os.listdir('/proc/self/task'); tokenizer.encode('hello ' * 1000); "
+        "assert os.listdir('/proc/self/task') == before"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TOKENIZERS_")}
+    subprocess.run([sys.executable, "-c", code, str(DEMO_FILE)], check=True, env=environment, timeout=60)
+
+
+def test_an_ordinary_entry_spelt_like_a_control_token_is_never_met_in_plain_text() -> None:
+    tokenizer = TOKENIZERS["byte fallback"]
+    ids = tokenizer.encode("<s> hello <s>" * 3, plain=True)
+    assert tokenizer.control_ids.isdisjoint(ids)
+    assert tokenizer.decode(ids, skip_special_tokens=False).count("<s>") == 6
+
+
+def test_the_largest_id_counts_gaps_and_added_tokens() -> None:
+    for tokenizer in TOKENIZERS.values():
+        assert tokenizer.max_id == tokenizer.vocab_size - 1
+    sparse = Library(models.WordLevel({"a": 0, "b": 41}, unk_token="a"))
+    assert (Tokenizer(sparse.to_str()).max_id, Tokenizer(sparse.to_str()).vocab_size) == (41, 2)
 
 
 def test_pieces_have_exact_bytes_even_of_half_characters() -> None:
