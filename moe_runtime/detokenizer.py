@@ -97,16 +97,22 @@ class StopStrings:
         self._include_stop = include_stop
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """Returns (text that may be shown, the stop string found or None). After a stop push no more."""
+    def push(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
+        """Returns (text that may be shown, the stop string found or None). After a stop push no more.
+
+        Without ``may_stop`` no stop string ends in ``text``, but one may begin there.
+        """
         if not self._stops:
             return text, None
+        num_old = len(self._held)
         self._held += text
-        # The one that was complete first, of several the longest: the same however the text was cut up.
-        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            end, at, stop = min(found)
-            return self._held[: end if self._include_stop else at], stop
+        if may_stop:
+            # The one that was complete first, of several the longest: the same however the text was cut up.
+            starts = ((stop, self._held.find(stop, max(0, num_old + 1 - len(stop)))) for stop in self._stops)
+            found = [(at + len(stop), at, stop) for stop, at in starts if at >= 0]
+            if found:
+                end, at, stop = min(found)
+                return self._held[: end if self._include_stop else at], stop
         num_held = max(_overlap(self._held, stop) for stop in self._stops)
         shown = len(self._held) - num_held
         text, self._held = self._held[:shown], self._held[shown:]

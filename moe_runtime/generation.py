@@ -117,27 +117,24 @@ class Generation:
 
     def _read(self, token_id: int) -> tuple[FinishReason | None, str | int | None, str]:
         """(finish reason, stop reason, text to show) once ``token_id`` has been appended."""
-        if self._num_tokens >= self._params.min_tokens:
-            if token_id in self._end_ids:
-                return self._finish("stop", None, "")
-            if token_id in self._params.stop_token_ids:
-                text = self._detokenizer.push(token_id) if self._params.include_stop else ""
-                return self._finish("stop", token_id, text)
-        text = self._detokenizer.push(token_id)
-        if self._num_tokens < self._params.min_tokens:
-            return None, None, text  # too early for a stop string
-        text, stop = self._stops.push(text)
+        may_stop = self._num_tokens > self._params.min_tokens
+        if may_stop and token_id in self._end_ids:
+            return self._finish("stop", None, "")
+        if may_stop and token_id in self._params.stop_token_ids:
+            text = self._detokenizer.push(token_id) if self._params.include_stop else ""
+            return self._finish("stop", token_id, text)
+        text, stop = self._stops.push(self._detokenizer.push(token_id), may_stop=may_stop)
         if stop is not None:
             return "stop", stop, text
         if self._num_tokens >= self._max_tokens:
-            return self._finish("length", None, text)
+            return self._finish("length", None, text, may_stop=may_stop)
         return None, None, text
 
     def _finish(
-        self, reason: FinishReason, stop_reason: int | None, text: str
+        self, reason: FinishReason, stop_reason: int | None, text: str, *, may_stop: bool = True
     ) -> tuple[FinishReason, str | int | None, str]:
         """Let out what was held back: it may still complete a stop string."""
-        rest, stop = self._stops.push(self._detokenizer.finish())
+        rest, stop = self._stops.push(self._detokenizer.finish(), may_stop=may_stop)
         if stop is not None:
             return "stop", stop, text + rest
         return reason, stop_reason, text + rest + self._stops.finish()

@@ -43,7 +43,7 @@ class SamplingParams:
     seed               same seed, same request: same text, in any batch; None draws one
     stop, stop_token_ids   strings and ids that end the answer; their text is left out unless include_stop
     max_tokens         None: the rest of the context; 0: only look at the prompt
-    min_tokens         no end token and no stop before this many tokens
+    min_tokens         none of the first min_tokens tokens ends the answer; a stop string may begin in them
     n                  independent choices
     logprobs           None: off; k: each token's log-probability and the k best alternatives
     prompt_logprobs    the same for the tokens of the prompt

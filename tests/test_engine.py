@@ -96,6 +96,10 @@ def test_without_max_tokens_the_context_is_the_limit(make_engine: Callable[..., 
         ({"stop_token_ids": (ord("w"),)}, "hello ", ord("w")),
         ({"stop_token_ids": (ord("w"),), "include_stop": True}, "hello w", ord("w")),
         ({"stop": ("hel",), "min_tokens": 5}, "hello world", None),
+        ({"stop": ("lo w",), "min_tokens": 4}, "hel", "lo w"),  # begins in the fourth token
+        ({"stop": ("lo",), "min_tokens": 4}, "hel", "lo"),
+        ({"stop": ("lo",), "min_tokens": 5}, "hello world", None),
+        ({"stop": ("ello wor", "lo"), "min_tokens": 5, "include_stop": True}, "hello wor", "ello wor"),
         ({"stop": ("d!",)}, "hello world", None),
     ],
 )
@@ -119,6 +123,12 @@ def test_ignore_eos_and_min_tokens_keep_the_answer_going(make_engine: Callable[.
     [[longer]] = make_engine(says("ab")).generate([[10]], dataclasses.replace(GREEDY, min_tokens=4))
     assert longer.token_ids[:2] == (97, 98) and MESSAGE_END not in longer.token_ids[:4]
     assert longer.token_ids[4] == MESSAGE_END
+
+
+def test_an_answer_of_min_tokens_may_be_as_long_as_max_tokens(make_engine: Callable[..., Engine]) -> None:
+    params = dataclasses.replace(GREEDY, max_tokens=5, min_tokens=5, stop=("lo", "o w"))
+    [[answer]] = make_engine(says("hello world")).generate([[10]], params)
+    assert (answer.text, answer.finish_reason) == ("hello", "length")
 
 
 def test_max_tokens_zero_only_looks_at_the_prompt(make_engine: Callable[..., Engine]) -> None:

@@ -258,9 +258,11 @@ CUTS = st.lists(st.text("abc", max_size=4), max_size=8)
 STOPS = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3)
 
 
-def literal_stop(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
-    """Read letter by letter; stop at the first letter that completes a stop string (the longest of them)."""
-    for end in range(1, len(text) + 1):
+def literal_stop(text: str, stops: list[str], include: bool, num_early: int) -> tuple[str, str | None]:
+    """Read letter by letter; stop at the first letter that completes a stop string (the longest of them),
+    the first ``num_early`` letters aside.
+    """
+    for end in range(num_early + 1, len(text) + 1):
         done = [stop for stop in stops if text[:end].endswith(stop)]
         if done:
             stop = max(done, key=len)
@@ -269,19 +271,20 @@ def literal_stop(text: str, stops: list[str], include: bool) -> tuple[str, str |
 
 
 @settings(max_examples=500, derandomize=True, deadline=None)
-@given(pieces=CUTS, stops=STOPS, include=st.booleans())
+@given(pieces=CUTS, stops=STOPS, include=st.booleans(), num_early=st.integers(0, 5))
 def test_stop_strings_cut_at_the_same_place_however_the_text_is_cut_up(
-    pieces: list[str], stops: list[str], include: bool
+    pieces: list[str], stops: list[str], include: bool, num_early: int
 ) -> None:
     matcher = StopStrings(stops, include_stop=include)
     shown, found = "", None
-    for piece in pieces:
-        text, found = matcher.push(piece)
+    for place, piece in enumerate(pieces):
+        text, found = matcher.push(piece, may_stop=place >= num_early)
         shown += text
         if found is not None:
             break
     shown += matcher.finish() if found is None else ""
-    assert (shown, found) == literal_stop("".join(pieces), stops, include)
+    num_early_letters = len("".join(pieces[:num_early]))
+    assert (shown, found) == literal_stop("".join(pieces), stops, include, num_early_letters)
 
 
 def test_text_that_cannot_become_a_stop_string_is_shown_at_once() -> None:
