@@ -52,7 +52,8 @@ class Generation:
         self._detokenizer = detokenizer_for(tokenizer, sequence.token_ids)
         self._stops = StopStrings(params.stop, include_stop=params.include_stop)
         self._max_tokens = sequence.max_total - sequence.num_prompt
-        self._num_tokens = 0
+        may_end = self._end_ids.union(params.stop_token_ids)
+        self._history = History(params, sequence.prompt_ids, may_end)
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
         if params.prompt_logprobs is not None and choice == 0:
             self._prompt_logprobs = [None]
@@ -69,7 +70,7 @@ class Generation:
         if self._max_tokens == 0:
             check_finite(row)
             return Sampled(None)
-        token_id = sample(row, self._params, self._history(), self._seed, self.choice)
+        token_id = sample(row, self._params, self._history, self._seed, self.choice)
         if self._params.logprobs is None:
             return Sampled(token_id)
         return Sampled(token_id, self._logprob(row, token_id, self._params.logprobs))
@@ -79,7 +80,7 @@ class Generation:
         token_id = sampled.token_id
         if token_id is None:
             return self.end("length")
-        self._num_tokens += 1
+        self._history.add(token_id)
         reason, stop_reason, text = self._read(token_id)
         return self._event(
             text=text,
@@ -103,11 +104,6 @@ class Generation:
                 count = self._params.prompt_logprobs
                 self._prompt_logprobs.append(self._logprob(row, known[position + 1], count))
 
-    def _history(self) -> History:
-        banned = self._end_ids | frozenset(self._params.stop_token_ids)
-        early = self._num_tokens < self._params.min_tokens
-        return History(self.sequence.prompt_ids, self.sequence.output_ids, banned if early else ())
-
     def _logprob(self, row: Logits, token_id: int, count: int) -> TokenLogprob:
         logprobs = log_softmax(row)
         best = best_tokens(logprobs, count)
@@ -117,7 +113,7 @@ class Generation:
 
     def _read(self, token_id: int) -> tuple[FinishReason | None, str | int | None, str]:
         """(finish reason, stop reason, text to show) once ``token_id`` has been appended."""
-        may_stop = self._num_tokens > self._params.min_tokens
+        may_stop = self._history.num_output > self._params.min_tokens
         if may_stop and token_id in self._end_ids:
             return self._finish("stop", None, "")
         if may_stop and token_id in self._params.stop_token_ids:
@@ -126,7 +122,7 @@ class Generation:
         text, stop = self._stops.push(self._detokenizer.push(token_id), may_stop=may_stop)
         if stop is not None:
             return "stop", stop, text
-        if self._num_tokens >= self._max_tokens:
+        if self._history.num_output >= self._max_tokens:
             return self._finish("length", None, text, may_stop=may_stop)
         return None, None, text
 

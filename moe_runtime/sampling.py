@@ -1,4 +1,4 @@
-"""SamplingParams, and the choice of one token from one row of logits as a list of small filters.
+"""The choice of one token from one row of logits as a list of small filters.
 
 The sampler sees one row and that sequence's own tokens, nothing of the batch; randomness is a function of
 (seed, choice, position). So a sequence draws the same tokens alone, in any batch and after preemption.
@@ -7,117 +7,83 @@ It knows no torch: rows are numpy float32 vectors of V logits.
 
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
 from hashlib import blake2b
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moe_runtime.errors import RequestError, RequestFailed
+from moe_runtime.errors import RequestFailed
+from moe_runtime.sampling_params import MAX_LOGPROBS, SamplingParams
+
+__all__ = [
+    "MAX_LOGPROBS",
+    "History",
+    "Logits",
+    "SamplingParams",
+    "best_tokens",
+    "check_finite",
+    "draw_seed",
+    "log_softmax",
+    "sample",
+]
 
 Logits = npt.NDArray[np.float32]
 Row = npt.NDArray[Any]  # float32 while sampling, float64 for logprobs
 Ids = npt.NDArray[np.intp]
 
-MAX_LOGPROBS = 20
-MAX_CHOICES = 128
-MAX_STOPS = 16
 DISTANCES = (4.0, 8.0, 16.0)  # from the best logit: where the tokens that matter are
 MIN_TEMPERATURE = 1e-30  # below, all but the best are at -inf anyway
-SEED_RANGE = (-(2**63), 2**63 - 1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """Raises RequestError, with ``param`` set, for any value out of range.
+class Occurrences:
+    """Distinct ids and how often each came, as arrays that grow with every ``add``."""
 
-    temperature        0 is greedy (ties to the lowest token id); above, logits are divided by it
-    top_p, min_p       keep the smallest set of tokens with mass top_p; drop those below min_p * the best
-    top_k              keep the k best (and those equal to the k-th); 0 or -1 keeps all
-    presence_penalty, frequency_penalty   subtracted once, or per occurrence, for tokens of the answer
-    repetition_penalty divides positive and multiplies negative logits of tokens seen in prompt or answer
-    logit_bias         token id -> added to its logit
-    seed               same seed, same request: same text, in any batch; None draws one
-    stop, stop_token_ids   strings and ids that end the answer; their text is left out unless include_stop
-    max_tokens         None: the rest of the context; 0: only look at the prompt
-    min_tokens         none of the first min_tokens tokens ends the answer; a stop string may begin in them
-    n                  independent choices
-    logprobs           None: off; k: each token's log-probability and the k best alternatives
-    prompt_logprobs    the same for the tokens of the prompt
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    include_stop: bool = False
-    ignore_eos: bool = False
-    max_tokens: int | None = None
-    min_tokens: int = 0
-    n: int = 1
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_range("temperature", self.temperature, 0.0, math.inf)
-        _check_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _check_range("top_k", self.top_k, -1, math.inf)
-        _check_range("min_p", self.min_p, 0.0, 1.0)
-        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.0, math.inf, low_open=True)
-        for token_id, bias in self.logit_bias.items():
-            _check_range("logit_bias", bias, -100.0, 100.0)
-            _check_range("logit_bias", token_id, 0, math.inf)
-        if self.seed is not None:
-            _check_range("seed", self.seed, *SEED_RANGE)
-        if self.max_tokens is not None:
-            _check_range("max_tokens", self.max_tokens, 0, math.inf)
-            _check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _check_range("min_tokens", self.min_tokens, 0, math.inf)
-        _check_range("n", self.n, 1, MAX_CHOICES)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _check_range(name, getattr(self, name), 0, MAX_LOGPROBS)
-        for name in ("stop", "stop_token_ids"):
-            if len(getattr(self, name)) > MAX_STOPS:
-                raise RequestError(
-                    f"{name} has {len(getattr(self, name))} entries, the limit is {MAX_STOPS}", param=name
-                )
-        if "" in self.stop:
-            raise RequestError("stop must not hold an empty string", param="stop")
+    def __init__(self, token_ids: Sequence[int] = ()) -> None:
+        self._ids, self._counts = np.unique(np.asarray(token_ids, dtype=np.intp), return_counts=True)
+        self._places = {token_id: place for place, token_id in enumerate(self._ids.tolist())}
 
     @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
+    def ids(self) -> Ids:
+        return self._ids[: len(self._places)]
+
+    @property
+    def counts(self) -> Ids:
+        return self._counts[: len(self._places)]
+
+    def add(self, token_id: int) -> None:
+        place = self._places.setdefault(token_id, len(self._places))
+        if place == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros(place + 16, dtype=np.intp)])
+            self._counts = np.concatenate([self._counts, np.zeros(place + 16, dtype=np.intp)])
+        self._ids[place] = token_id
+        self._counts[place] += 1
 
 
-def _check_range(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
-    inside = low < value <= high if low_open else low <= value <= high
-    if not inside or value == math.inf:  # NaN fails every comparison
-        bound = f"{'above' if low_open else 'at least'} {low}" + (
-            f" and at most {high}" if high < math.inf else ""
-        )
-        raise RequestError(f"{name} must be a finite number, {bound}, got {value}", param=name)
-
-
-@dataclass(frozen=True, slots=True)
 class History:
-    """What the filters may know of one sequence: its tokens, and the ids that would end it too early."""
+    """What the filters may know of one choice: only what ``params`` asks for is kept, token by token, so that
+    a token costs the same after a long prompt or answer as after a short one.
+    """
 
-    prompt_ids: Sequence[int]
-    output_ids: Sequence[int]
-    banned_ids: Collection[int] = ()
+    def __init__(
+        self, params: SamplingParams, prompt_ids: Sequence[int] = (), end_ids: Collection[int] = ()
+    ) -> None:
+        """``end_ids`` must not be chosen for the first ``params.min_tokens`` tokens."""
+        self.num_output = 0
+        self.seen = Occurrences(prompt_ids) if params.repetition_penalty != 1.0 else None
+        counting = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        self.output = Occurrences() if counting else None
+        self.bias_ids = np.asarray(list(params.logit_bias), dtype=np.intp)
+        self.bias = np.asarray(list(params.logit_bias.values()), dtype=np.float32)
+        self.end_ids = np.asarray(sorted(end_ids), dtype=np.intp)
+
+    def add(self, token_id: int) -> None:
+        """The answer goes on with ``token_id``."""
+        self.num_output += 1
+        for occurrences in (self.seen, self.output):
+            if occurrences is not None:
+                occurrences.add(token_id)
 
 
 def sample(logits: Logits, params: SamplingParams, history: History, seed: int, choice: int) -> int:
@@ -137,7 +103,7 @@ def sample(logits: Logits, params: SamplingParams, history: History, seed: int, 
         row = apply_temperature(row, params)
         for keep in FILTERS:
             row = keep(row, params)
-    return draw(row, uniform(seed, choice, len(history.output_ids)))
+    return draw(row, uniform(seed, choice, history.num_output))
 
 
 def check_finite(logits: Logits) -> None:
@@ -185,10 +151,9 @@ def best_tokens(logprobs: Row, count: int) -> list[int]:
 
 def apply_repetition_penalty(row: Row, params: SamplingParams, history: History) -> Row:
     """Divide positive, multiply negative logits of every token seen in the prompt or the answer."""
-    if params.repetition_penalty != 1.0:
-        seen = np.unique(np.asarray([*history.prompt_ids, *history.output_ids], dtype=np.int64))
-        values = row[seen]
-        row[seen] = np.where(
+    if history.seen is not None:
+        values = row[history.seen.ids]
+        row[history.seen.ids] = np.where(
             values > 0, values / params.repetition_penalty, values * params.repetition_penalty
         )
     return row
@@ -196,23 +161,22 @@ def apply_repetition_penalty(row: Row, params: SamplingParams, history: History)
 
 def apply_count_penalties(row: Row, params: SamplingParams, history: History) -> Row:
     """Subtract presence_penalty once and frequency_penalty per occurrence, of tokens in the answer only."""
-    if (params.presence_penalty or params.frequency_penalty) and history.output_ids:
-        seen, counts = np.unique(np.asarray(history.output_ids, dtype=np.int64), return_counts=True)
-        row[seen] -= params.presence_penalty + params.frequency_penalty * counts
+    if history.output is not None:
+        penalties = params.presence_penalty + params.frequency_penalty * history.output.counts
+        row[history.output.ids] -= penalties
     return row
 
 
 def apply_logit_bias(row: Row, params: SamplingParams, history: History) -> Row:
-    """Add the request's bias, token by token."""
-    for token_id, bias in params.logit_bias.items():
-        row[token_id] += bias
+    """Add the request's bias."""
+    row[history.bias_ids] += history.bias
     return row
 
 
-def mask_banned(row: Row, params: SamplingParams, history: History) -> Row:
+def mask_end_ids(row: Row, params: SamplingParams, history: History) -> Row:
     """Remove the ids that would end the answer before min_tokens."""
-    if history.banned_ids:
-        row[np.asarray(list(history.banned_ids), dtype=np.int64)] = -np.inf
+    if history.num_output < params.min_tokens:
+        row[history.end_ids] = -np.inf
     return row
 
 
@@ -275,6 +239,6 @@ ADJUSTMENTS: tuple[Callable[[Row, SamplingParams, History], Row], ...] = (
     apply_repetition_penalty,
     apply_count_penalties,
     apply_logit_bias,
-    mask_banned,
+    mask_end_ids,
 )
 FILTERS: tuple[Callable[[Row, SamplingParams], Row], ...] = (keep_min_p, keep_top_k, keep_top_p)

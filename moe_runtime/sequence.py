@@ -49,10 +49,6 @@ class Sequence:
     def prompt_ids(self) -> list[int]:
         return self.token_ids[: self.num_prompt]
 
-    @property
-    def output_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt :]
-
     def restart(self) -> list[int]:
         """Forget what was computed, keep every token; returns the blocks to give back."""
         blocks, self.blocks = self.blocks, []

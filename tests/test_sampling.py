@@ -1,6 +1,9 @@
 """Each filter against its formula, the draw against its distribution, and the limits of SamplingParams."""
 
+import dataclasses
 import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +15,23 @@ from moe_runtime import sampling
 from moe_runtime.errors import RequestError, RequestFailed
 from moe_runtime.sampling import History, SamplingParams, best_tokens, log_softmax, sample, uniform
 
-EMPTY = History((), ())
 ROWS = st.lists(st.integers(-12, 12).map(lambda n: n / 4), min_size=1, max_size=12).map(np.float64)
+
+
+def history(
+    params: SamplingParams,
+    prompt: Sequence[int] = (),
+    answer: Sequence[int] = (),
+    end_ids: Sequence[int] = (),
+) -> History:
+    result = History(params, prompt, end_ids)
+    for token_id in answer:
+        result.add(token_id)
+    return result
+
+
+def choose(logits: Any, params: SamplingParams, seed: int = 0, **known: Sequence[int]) -> int:
+    return sample(logits, params, history(params, **known), seed=seed, choice=0)
 
 
 def softmax(row: Any) -> Any:
@@ -67,21 +85,64 @@ def test_min_p_drops_what_is_unlikely_beside_the_best(row: Any, min_p: float) ->
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_prompt_and_answer() -> None:
     row = np.array([2.0, -2.0, 3.0, 1.0])
-    result = sampling.apply_repetition_penalty(
-        row, SamplingParams(repetition_penalty=2.0), History([0, 0], [1])
-    )
+    params = SamplingParams(repetition_penalty=2.0)
+    result = sampling.apply_repetition_penalty(row, params, history(params, [0, 0], [1]))
     assert result.tolist() == [1.0, -4.0, 3.0, 1.0]
 
 
 def test_presence_counts_once_and_frequency_each_time_in_the_answer_only() -> None:
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
-    result = sampling.apply_count_penalties(np.zeros(4), params, History([3], [1, 1, 2]))
+    result = sampling.apply_count_penalties(np.zeros(4), params, history(params, [3], [1, 1, 2]))
     assert result.tolist() == [0.0, -1.0, -0.75, 0.0]
 
 
-def test_logit_bias_is_added_and_banned_ids_are_removed() -> None:
-    row = sampling.apply_logit_bias(np.zeros(3), SamplingParams(logit_bias={1: 2.5}), EMPTY)
-    assert sampling.mask_banned(row, SamplingParams(), History((), (), {2})).tolist() == [0.0, 2.5, -math.inf]
+def test_logit_bias_is_added_and_end_tokens_are_removed_until_min_tokens() -> None:
+    params = SamplingParams(logit_bias={1: 2.5}, min_tokens=2)
+    row = sampling.apply_logit_bias(np.zeros(3), params, history(params))
+    early, late = history(params, answer=[0], end_ids=[2]), history(params, answer=[0, 0], end_ids=[2])
+    assert sampling.mask_end_ids(row.copy(), params, early).tolist() == [0.0, 2.5, -math.inf]
+    assert sampling.mask_end_ids(row.copy(), params, late).tolist() == [0.0, 2.5, 0.0]
+
+
+IDS = st.lists(st.integers(0, 60), max_size=80)
+
+
+@given(prompt=IDS, answer=IDS)
+@settings(derandomize=True, deadline=None)
+def test_counting_token_by_token_is_counting_at_once(prompt: list[int], answer: list[int]) -> None:
+    known = history(SamplingParams(repetition_penalty=2, presence_penalty=1), prompt, answer)
+    for occurrences, ids in ((known.seen, prompt + answer), (known.output, answer)):
+        assert occurrences is not None
+        counts = dict(zip(occurrences.ids.tolist(), occurrences.counts.tolist(), strict=True))
+        assert counts == Counter(ids)
+
+
+class CountedReads(Mapping[int, float]):
+    """A logit_bias that notes how often it was looked into."""
+
+    def __init__(self, values: dict[int, float]) -> None:
+        self.values_ = values
+        self.reads = 0
+
+    def __getitem__(self, token_id: int) -> float:
+        self.reads += 1
+        return self.values_[token_id]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
+
+
+def test_logit_bias_is_read_once_however_many_tokens_are_sampled() -> None:
+    bias = CountedReads({token_id: 0.5 for token_id in range(300)})
+    params = SamplingParams(logit_bias=bias)
+    known = History(params)
+    reads = bias.reads
+    for position in range(20):
+        known.add(sample(np.zeros(400, dtype=np.float32), params, known, seed=position, choice=0))
+    assert bias.reads == reads
 
 
 @given(row=ROWS, temperature=st.floats(1e-6, 100.0))
@@ -95,18 +156,19 @@ def test_temperature_divides_the_logits(row: Any, temperature: float) -> None:
 def test_the_smallest_temperature_is_greedy_among_unequal_tokens() -> None:
     logits = np.array([1.0, 3.0, 2.0], dtype=np.float32)
     for temperature in (0.0, 5e-324, 1e-300):
-        assert sample(logits, SamplingParams(temperature=temperature), EMPTY, seed=1, choice=0) == 1
+        assert choose(logits, SamplingParams(temperature=temperature)) == 1
 
 
 def test_greedy_takes_the_lowest_id_of_equal_tokens() -> None:
     logits = np.array([0.0, 5.0, 5.0], dtype=np.float32)
-    assert sample(logits, SamplingParams(temperature=0.0), EMPTY, seed=1, choice=0) == 1
+    assert choose(logits, SamplingParams(temperature=0.0)) == 1
 
 
 def test_the_logits_of_the_model_are_left_unchanged() -> None:
     logits = np.arange(5, dtype=np.float32)
     params = SamplingParams(repetition_penalty=2, presence_penalty=1, logit_bias={0: 9}, top_p=0.5, top_k=2)
-    sample(logits, params, History([1], [2], {3}), seed=1, choice=0)
+    params = dataclasses.replace(params, min_tokens=2)
+    choose(logits, params, prompt=[1], answer=[2], end_ids=[3])
     assert logits.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
@@ -126,7 +188,7 @@ def test_draws_follow_the_distribution(params: SamplingParams, expected: list[fl
     num_draws = 20_000
     counts = np.zeros(5)
     for seed in range(num_draws):
-        counts[sample(logits, params, EMPTY, seed=seed, choice=0)] += 1
+        counts[choose(logits, params, seed)] += 1
     wanted = np.array(expected) / sum(expected) * num_draws
     assert counts[wanted == 0].sum() == 0
     chi_square = ((counts - wanted)[wanted > 0] ** 2 / wanted[wanted > 0]).sum()
@@ -178,12 +240,12 @@ def test_log_softmax_is_normalised_even_for_large_logits() -> None:
 def test_logits_that_are_not_numbers_fail_the_request(bad: float) -> None:
     logits = np.array([0.0, bad], dtype=np.float32)
     with pytest.raises(RequestFailed, match="not finite"):
-        sample(logits, SamplingParams(temperature=0.0), EMPTY, seed=0, choice=0)
+        choose(logits, SamplingParams(temperature=0.0))
 
 
 def test_banning_every_token_fails_the_request() -> None:
     with pytest.raises(RequestFailed, match="leave no token"):
-        sample(np.zeros(2, dtype=np.float32), SamplingParams(), History((), (), {0, 1}), seed=0, choice=0)
+        choose(np.zeros(2, dtype=np.float32), SamplingParams(min_tokens=1), end_ids=[0, 1])
 
 
 @pytest.mark.parametrize(
@@ -212,7 +274,7 @@ def test_min_tokens_above_max_tokens_is_refused() -> None:
 def test_penalties_that_overflow_fail_the_request() -> None:
     logits = np.array([1e20, 1.0], dtype=np.float32)
     with pytest.raises(RequestFailed, match="leave no token"):
-        sample(logits, SamplingParams(repetition_penalty=1e-30), History([0], ()), seed=0, choice=0)
+        choose(logits, SamplingParams(repetition_penalty=1e-30), prompt=[0])
 
 
 def test_limits_themselves_are_allowed() -> None:
