@@ -109,6 +109,7 @@ def test_an_oversize_in_chunks_is_refused_and_the_client_still_reads_the_answer(
 def test_after_413_the_rest_is_read_and_forgotten_and_the_connection_lives_on(server: Running) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
         connection.sendall(post(b"x" * 1_000_000)[:-1])
+        assert server.wait_until(lambda: len(server.server.server_state.connections) == 1)
         (protocol,) = server.server.server_state.connections
         assert server.wait_until(lambda: "linger" in protocol.timers)
         connection.sendall(b"x")
