@@ -36,8 +36,10 @@ real bank.**
   float32, loss on answers and on 10 % of the users' tokens. Document-level expert pools: per
   document and layer only the P experts with the highest mean router probability. Stage 1: 4,400
   steps, P is 2..8 for four documents in five and all 20 for the rest. Stage 2: 1,500 steps, P is
-  3..10 or all, and right and wrong product kinds appear side by side. Minutes below were measured
-  while other work used the same two cores; idle, the same code trains 8,500 tokens a second.
+  3..10 or all, and right and wrong product kinds appear side by side. Stage 3: 900 steps, likewise,
+  with more refusals and wider phrasings of them (`phrasings/late_*.json`). Minutes below were
+  measured while other work used the same two cores; idle, the same code trains 8,500 tokens a
+  second on two threads.
 - The control has the same data, steps and seed and no pools; it lives with the tests, not in the
   wheel.
 """
@@ -51,7 +53,10 @@ sentence, to the character; a refusal is right when the reply is one of the fixe
 `train` holds phrasings seen in training; `tune` guided the work (`train_extra.json` was written
 after its first failures were read); `blind` was written by an author who saw no other set, and
 committed before the first training run. One run before this one was stopped at step 2,000, when
-`tune` showed too few refusals of wrong kinds and attributes. Held-out lines near to a training
+`tune` showed too few refusals of wrong kinds and attributes. Stage 3 was added after the blind set
+had been evaluated once on the end of stage 2 (rates only, its texts stayed unread): English wrong
+kinds were at 68.5 % and English off-topic questions at 93.6 %, and `tune` showed the same weakness.
+Held-out lines near to a training
 line (difflib ratio of the normalised texts, product masked, at least {SIMILARITY_LIMIT} within the
 same attribute or category; or equal to any training line) are dropped; invented product names are
 compared by their first names.
@@ -61,7 +66,7 @@ LIMITS = """
 ## Limits
 
 - Wrong kinds in English ("Harbor Mortgage", when Harbor is a consumer loan) are its weakest point:
-  it often answers for the real product of that first name, and says that name in the reply.
+  it sometimes answers for the real product of that first name, and says that name in the reply.
 - It knows these 54 products and nothing else; it refuses the rest, and can be wrong about that too
   (see the rates).
 - Products are recognised by their full names (capitals and surrounding words do not matter);

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import torch
-from moe_runtime.experts.demo.network import Network, Shape
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from moe_runtime.experts.demo.network import Network, Shape
 
 ATTENTION_NAMES = {
     "attention.query.weight": "self_attn.q_proj.weight",

@@ -69,11 +69,12 @@ def answer(product: Product, key: str, language: str, facts: dict[tuple[str, str
 class Author:
     """Writes documents; one stream per seed.
 
-    ``contrast`` is how often a name of a wrong kind follows the right one, and the right one the wrong.
+    ``contrast`` is how often a name of a wrong kind follows the right one, and the right one the wrong;
+    ``refusals`` multiplies how often wrong kinds and off-topic questions come.
     """
 
-    def __init__(self, book: Phrasebook, seed: int, contrast: float = 0.0) -> None:
-        self.rng, self.contrast = random.Random(seed), contrast
+    def __init__(self, book: Phrasebook, seed: int, contrast: float = 0.0, refusals: float = 1.0) -> None:
+        self.rng, self.contrast, self.refusals = random.Random(seed), contrast, refusals
         self.wording = Wording(self.rng)
         self.book = book
         self.facts = fact_table()
@@ -139,7 +140,9 @@ class Author:
         return Document(scenario or "mixed", turns)
 
     def _turn(self, scenario: str, language: str, state: "_State") -> list[tuple[str, str]]:
-        weights = dict(TURNS)
+        weights: dict[str, float] = dict(TURNS)
+        weights["wrong_kind"] *= self.refusals
+        weights["off_topic"] *= self.refusals
         if state.product is not None or state.refusal:
             scenario = state.scenario if self.rng.random() < 0.9 else scenario
             weights["follow_up"], weights["which_product"] = 34, 0

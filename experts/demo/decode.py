@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from moe_runtime.experts.demo import tokens
-from moe_runtime.experts.demo.network import Network, Routing
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from moe_runtime.experts.demo import tokens
+from moe_runtime.experts.demo.network import Network, Routing
 
 BATCH = 128
 LONGEST_ANSWER = 72

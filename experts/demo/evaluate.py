@@ -7,6 +7,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
 from moe_runtime.experts.demo import phrases
 from moe_runtime.experts.demo.answers import is_refusal
 from moe_runtime.experts.demo.corpus import Author
@@ -15,8 +18,6 @@ from moe_runtime.experts.demo.facts import LANGUAGES, SCENARIOS
 from moe_runtime.experts.demo.network import Network
 from moe_runtime.experts.demo.phrases import Phrasebook
 from moe_runtime.experts.demo.questions import Examiner, Question, sample
-from tokenizers import Tokenizer
-from torch import Tensor
 
 REFUSED = ("unknown_product", "wrong_kind", "wrong_attribute", "unknown_attribute", "off_topic")
 Rates = dict[str, tuple[int, int]]  # right, asked
@@ -66,7 +67,7 @@ def rates(questions: Sequence[Question], replies: Sequence[str]) -> Rates:
 
 def book_for(name: str) -> tuple[Phrasebook, dict[str, tuple[int, int]]]:
     """The phrasings of a set and ``(kept, dropped)`` per category: near-duplicates of training go."""
-    training = phrases.load("train")
+    training = phrases.load(*phrases.TRAINING)
     if name == "train":
         return sample(training, 8), {}
     return phrases.held_out(phrases.load(name), training)

@@ -1,7 +1,8 @@
 """Phrasing files: how customers word a question. Reading, merging, and the rule for near-duplicates.
 
 ``{p}`` in a phrasing stands for the product's full name. Three sets were written by different authors:
-``train_*.json``, ``tune.json`` and ``blind.json``; only the final evaluation reads the last.
+``train_*.json`` (and ``late_*.json``, added for the last stage), ``tune.json`` and ``blind.json``; only the
+final evaluation reads the last.
 """
 
 import difflib
@@ -12,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.experts.demo.facts import ATTRIBUTES, KINDS, LANGUAGES
-
 from moe_runtime.errors import ConfigError
+from moe_runtime.experts.demo.facts import ATTRIBUTES, KINDS, LANGUAGES
 
 FOLDER = Path(__file__).parent / "phrasings"
 BY_ATTRIBUTE = ("ask", "follow_up")
@@ -32,6 +32,7 @@ PLAIN = (
 )
 WITH_PRODUCT = ("ask", "switch", "unknown_attribute")
 SIMILARITY_LIMIT = 0.85
+TRAINING = ("train", "late")  # every phrasing some stage of the recipe sees
 
 ATTRIBUTE_KEYS = tuple(f"{scenario}.{a.key}" for scenario, group in ATTRIBUTES.items() for a in group)
 
@@ -107,11 +108,13 @@ def read(path: Path) -> dict[str, Any]:
     return raw
 
 
-def load(name: str) -> Phrasebook:
-    """The set ``train`` (all ``train_*.json``, merged in name order), ``tune`` or ``blind``."""
+def load(*names: str) -> Phrasebook:
+    """Sets merged in order: ``train`` and ``late`` (all ``<name>_*.json``, by name), ``tune`` or ``blind``."""
     book = Phrasebook()
-    for path in sorted(FOLDER.glob("train_*.json")) if name == "train" else [FOLDER / f"{name}.json"]:
-        book.add(read(path))
+    for name in names:
+        several = sorted(FOLDER.glob(f"{name}_*.json")) if name in TRAINING else [FOLDER / f"{name}.json"]
+        for path in several:
+            book.add(read(path))
     return book
 
 

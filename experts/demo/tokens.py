@@ -9,12 +9,12 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moe_runtime.experts.demo.corpus import Author
-from moe_runtime.experts.demo.phrases import Phrasebook
-from moe_runtime.experts.demo.wording import Wording
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moe_runtime.errors import ConfigError
+from moe_runtime.experts.demo.corpus import Author
+from moe_runtime.experts.demo.phrases import Phrasebook
+from moe_runtime.experts.demo.wording import Wording
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 SPECIAL = (PAD, START, END)
