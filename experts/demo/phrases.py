@@ -109,7 +109,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load(*names: str) -> Phrasebook:
-    """Sets merged in order: ``train`` and ``late`` (all ``<name>_*.json``, by name), ``tune`` or ``blind``."""
+    """Sets merged in order: ``train`` and ``late`` (all ``<name>_*.json``, by name), ``tune``, ``blind``."""
     book = Phrasebook()
     for name in names:
         several = sorted(FOLDER.glob(f"{name}_*.json")) if name in TRAINING else [FOLDER / f"{name}.json"]
