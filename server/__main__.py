@@ -51,6 +51,12 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a file of the model cannot be read, the folder vanished
         print(f"moe-serve: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except MemoryError as error:
+        reason = str(error) or "out of memory"
+        print(
+            f"moe-serve: not enough memory ({reason}); lower --cache-bytes or --max-running", file=sys.stderr
+        )
+        return USAGE_ERROR
     except KeyboardInterrupt:
         return 130
 
@@ -62,7 +68,7 @@ def _model(folder: Path | None, served_name: str) -> tuple[Path, str]:
 
         folder, served_name = MODEL, served_name or DEMO_NAME
     if not folder.is_dir():
-        raise ConfigError(f"--model {folder}: no such folder")
+        raise ConfigError(f"--model {folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if not (folder / "config.json").is_file():
         raise ConfigError(f"--model {folder}: the folder holds no config.json")
     return folder, served_name or folder.resolve().name
@@ -78,6 +84,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        # Claimed from now on: two servers may not both load a model for one port. Early clients wait.
+        listener.listen(2048)
     except OSError as error:
         listener.close()
         raise ConfigError(

@@ -29,7 +29,7 @@ async def create_chat_completion(service: Service, request: Request) -> Response
 
     body, prompt, params = await prepare(request, admit)
     with _own_names(body):
-        generation = Generation(service, record_of(request), [prompt], params)
+        generation = Generation(service, record_of(request), [prompt], params, body.cache_salt or "")
     headers = ignored_header(ignored_fields(body))
     if body.stream:
         return EventStream(generation, _chunks(generation, body), headers)

@@ -35,7 +35,7 @@ async def create_completion(service: Service, request: Request) -> Response:
         return body, _encode(service, body), _params(service, body)
 
     body, prompts, params = await prepare(request, admit)
-    generation = Generation(service, record_of(request), prompts, params)
+    generation = Generation(service, record_of(request), prompts, params, body.cache_salt or "")
     choices = [
         _Choice(service, body, prompt_ids, prompt)
         for prompt_ids, prompt in zip(prompts, body.prompt, strict=True)

@@ -68,8 +68,12 @@ class Generation:
         record: RequestRecord,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
+        salt: str = "",
     ) -> None:
-        """Submit every prompt or none. Raises RequestError, Overloaded, EngineStopped."""
+        """Submit every prompt or none. ``salt``: see Engine.add.
+
+        Raises RequestError, Overloaded, EngineStopped.
+        """
         if len(prompts) * params.n > service.config.max_choices:
             raise RequestError(
                 f"{len(prompts)} prompts times n={params.n} are more than {service.config.max_choices} "
@@ -87,7 +91,7 @@ class Generation:
         self.streams: list[RequestStream] = []
         try:
             for request_id, prompt in zip(self.request_ids, prompts, strict=True):
-                self.streams.append(service.engine.submit(request_id, prompt, params))
+                self.streams.append(service.engine.submit(request_id, prompt, params, salt=salt))
         except BaseException:
             self.abort()
             raise

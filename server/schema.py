@@ -149,6 +149,8 @@ class Common(Strict):
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    # vLLM's field: cached prefixes are reused only between requests of equal salt.
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
 
     @property
     def include_usage(self) -> bool:

@@ -92,7 +92,7 @@ class FakeEngine:
             stopped.set()
 
     def submit(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, salt: str = ""
     ) -> AsyncIterator[TokenEvent]:
         if self.refusals:
             raise self.refusals.pop(0)

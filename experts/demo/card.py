@@ -69,8 +69,10 @@ LIMITS = """
   it sometimes answers for the real product of that first name, and says that name in the reply.
 - It knows these 54 products and nothing else; it refuses the rest, and can be wrong about that too
   (see the rates).
-- Products are recognised by their full names (capitals and surrounding words do not matter);
-  misspelt names are refused or, worse, taken for a neighbour.
+- Products are recognised by their full names, also in lower case; IN CAPITALS, misspelt, or inside
+  a question of the other language they are refused or, worse, taken for a neighbour.
+- Some one-word greetings in lower case ("hello", "hi") are answered in Chinese. Comparisons
+  ("which loan is the cheapest") and rudeness get odd replies.
 - Wordings that make sense for another scenario's attribute as well ("yearly fee" of a fund or of a
   card) are neither trained nor scored as wrong attributes; the list is `CONFUSABLE` in
   `phrases.py`.

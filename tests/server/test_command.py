@@ -11,10 +11,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 from world import tiny_checkpoint
+
+from moe_runtime.errors import ConfigError
 
 COMMAND = [sys.executable, "-m", "moe_runtime.server"]
 SHORT = {"model": "served", "prompt": "a", "max_tokens": 1}
@@ -72,6 +74,28 @@ def test_a_taken_port_is_one_clear_line_and_status_2(model_dir: Path) -> None:
     assert answer.returncode == 2
     assert answer.stderr.startswith(f"moe-serve: cannot listen on 127.0.0.1:{port}: Address already in use")
     assert len(answer.stderr.splitlines()) == 1
+
+
+def test_a_port_is_claimed_before_the_model_is_loaded() -> None:
+    from moe_runtime.server import __main__ as command
+
+    ours = command._listen("127.0.0.1", 0)
+    with ours, pytest.raises(ConfigError, match="choose another --port"):
+        command._listen("127.0.0.1", ours.getsockname()[1])
+
+
+def test_too_little_memory_is_one_clear_line_and_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_dir: Path
+) -> None:
+    from moe_runtime.server import __main__ as command
+
+    def fail(*arguments: Any) -> int:
+        arguments[-1].close()  # the socket
+        raise MemoryError("unable to allocate 900 GiB")
+
+    monkeypatch.setattr(command, "_serve", fail)
+    assert command.main(["--model", str(model_dir), "--port", "0"]) == 2
+    assert "900 GiB); lower --cache-bytes" in capsys.readouterr().err
 
 
 def test_a_broken_model_is_one_clear_line_and_status_2(tmp_path: Path) -> None:

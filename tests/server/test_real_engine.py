@@ -38,6 +38,23 @@ def every_block_comes_back(server: Running) -> Iterator[None]:
     assert server.wait_until(lambda: idle(server)), server.engine.stats()
 
 
+def test_cached_prefixes_are_shared_only_between_requests_of_one_salt(client: openai.OpenAI) -> None:
+    def cached(text: str, salt: str | None) -> int:
+        messages: Any = [{"role": "user", "content": text * 8}]
+        extra = {} if salt is None else {"cache_salt": salt}
+        answer = client.chat.completions.create(
+            model=MODEL, messages=messages, max_tokens=1, extra_body=extra
+        )
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        return answer.usage.prompt_tokens_details.cached_tokens or 0
+
+    assert cached("only credit asks this. ", "credit") == 0
+    assert cached("only credit asks this. ", "wealth") == 0
+    assert cached("only credit asks this. ", None) == 0
+    assert cached("only credit asks this. ", "credit") > 0
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_a_chat_stream_put_together_is_the_whole_answer(client: openai.OpenAI, seed: int) -> None:
     body: Any = {"model": MODEL, "messages": HELLO, "seed": seed, "max_tokens": 24, "n": 2, "logprobs": True}
