@@ -39,10 +39,9 @@ class Ours:
         import torch
 
         from moe_runtime import kernels, loader
-        from moe_runtime.kernels import cpu
 
         torch.set_num_threads(1)  # as the engine does: our pool does the work
-        cpu.set_num_threads(threads)
+        kernels.set_num_threads(threads)
         self.block_size = 16
         self.model = loader.load_model(folder, kernels.choose("auto"))
         self.cache = self.model.new_cache(64, self.block_size)

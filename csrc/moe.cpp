@@ -6,6 +6,7 @@
 //      its slots, in slot order. A task owns its columns: no atomics, no third barrier, nothing of size [T * k, H].
 //
 // Each weight is read from memory once, whatever the number of tokens that chose its expert.
+#include <algorithm>
 #include <numeric>
 #include <string>
 

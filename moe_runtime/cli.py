@@ -78,8 +78,6 @@ def _type_settings(hint: Any, unit: str) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if unit == "bytes":
         return {"type": _argument(parse_bytes), "metavar": "BYTES"}
-    if get_origin(hint) in (tuple, list):
-        return {"nargs": "*", "type": get_args(hint)[0]}
     return {"type": hint, "metavar": hint.__name__.upper()}
 
 

@@ -44,7 +44,6 @@ class Generation:
         self.request_id = request_id
         self.choice = choice
         self.sequence = sequence
-        self.finished = False
         self._params = params
         self._seed = seed
         self._tokenizer = tokenizer
@@ -145,7 +144,6 @@ class Generation:
         stop_reason: str | int | None = None,
         error: str | None = None,
     ) -> TokenEvent:
-        self.finished = finish_reason is not None
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
         return TokenEvent(
             request_id=self.request_id,

@@ -42,10 +42,6 @@ class Sequence:
         return len(self.token_ids)
 
     @property
-    def num_pending(self) -> int:
-        return len(self.token_ids) - self.num_computed
-
-    @property
     def prompt_ids(self) -> list[int]:
         return self.token_ids[: self.num_prompt]
 

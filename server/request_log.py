@@ -64,10 +64,8 @@ class RequestLog:
             record.outcome = reply.code or "error"
             if reply.code == INTERNAL_ERROR:
                 logger.exception("%s failed", record.request_id)
-            if (
-                record.status is not None
-            ):  # half an answer is out; only closing the connection tells the truth
-                raise
+            if record.status is not None:
+                raise  # half an answer is out; only closing the connection tells the truth
             await error_response(error)(scope, receive, send_with_id)
         finally:
             self.metrics.observe_response(record.status)

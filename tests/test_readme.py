@@ -3,12 +3,8 @@
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,21 +29,14 @@ def _python_block() -> str:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moe_runtime.server", "--port", str(port)]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-                break
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.1)
-    yield f"127.0.0.1:{port}"
-    server.terminate()
-    assert server.wait(timeout=30) == 0
+    command = [sys.executable, "-m", "moe_runtime.server", "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        ready = re.search(r"http://(127\.0\.0\.1:\d+)/v1", server.stdout.readline())
+        assert ready, "the server did not say that it is ready"
+        yield ready[1]
+        server.terminate()
+        assert server.wait(timeout=30) == 0
 
 
 def test_the_readme_shows_curl_lines() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from moe_runtime.errors import KernelError
 
-# "rows": the checkpoint's own row-major tensor. "panels": csrc/pack.h, 32-column panels of VNNI k-groups.
+# "rows": the checkpoint's own row-major tensor. "panels": csrc/layout.h, 32-column panels of VNNI k-groups.
 Layout = Literal["rows", "panels"]
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
