@@ -1,8 +1,6 @@
 """Choosing backends and instruction sets, and the thread pool under awkward callers."""
 
 import os
-import pathlib
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +12,6 @@ from kernels.oracle import random_experts, random_routing
 import moe_runtime._C as _C
 from moe_runtime.errors import ConfigError, IsaUnavailable, KernelError
 from moe_runtime.kernels import OPS, choose, cpu, packing, reference
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -72,33 +68,6 @@ def test_an_isa_this_machine_lacks_is_refused() -> None:
         pytest.skip("this machine has every instruction set")
     with pytest.raises(IsaUnavailable, match="this machine cannot run it, it has"):
         _C.select_isa(missing.pop())
-
-
-def test_the_avx2_object_holds_no_avx512_instruction() -> None:
-    objects = sorted(ROOT.glob("build/*/CMakeFiles/_C.dir/kernels_avx2.cpp.o"), key=os.path.getmtime)
-    if not objects or shutil.which("objdump") is None:
-        pytest.skip("needs the build folder of an editable install, and objdump")
-    text = subprocess.run(["objdump", "-d", objects[-1]], capture_output=True, text=True, check=True).stdout
-    assert (
-        "ymm" in text
-        and "zmm" not in text
-        and "%k1" not in text
-        and "%xmm16" not in text
-        and "%ymm16" not in text
-    )
-
-
-def test_kernel_objects_export_only_their_table() -> None:
-    """An inline function compiled for AVX-512 and kept by the linker for all would crash older machines."""
-    objects = sorted(ROOT.glob("build/*/CMakeFiles/_C.dir/kernels_*.cpp.o"))
-    if not objects or shutil.which("nm") is None:
-        pytest.skip("needs the build folder of an editable install, and nm")
-    for path in objects:
-        text = subprocess.run(
-            ["nm", "--defined-only", path], capture_output=True, text=True, check=True
-        ).stdout
-        shared = [line.split()[-1] for line in text.splitlines() if line.split()[-2] in "TWVBD"]
-        assert shared == [f"moe_{path.name.removesuffix('.cpp.o')}"]
 
 
 def test_two_python_threads_get_the_same_bits_at_once() -> None:
