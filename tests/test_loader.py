@@ -103,7 +103,6 @@ def test_end_of_text_comes_from_the_generation_config(good: Path) -> None:
     assert load(good, "reference").config.eos_token_ids == (258, 256)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_checkpoints_run_as_their_widened_copies(

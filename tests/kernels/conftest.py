@@ -1,4 +1,4 @@
-"""Every kernel test runs once per instruction set of this machine."""
+"""Kernel tests run once per instruction set of this machine; a module that must not has its own ``isa``."""
 
 from collections.abc import Iterator
 
@@ -7,12 +7,9 @@ import pytest
 import moe_runtime._C as _C
 
 
-@pytest.fixture(params=_C.supported_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.isa()
-    _C.select_isa(request.param)
-    yield request.param
-    _C.select_isa(before)
+@pytest.fixture(autouse=True)
+def _every_isa(isa: str) -> None:
+    pass
 
 
 @pytest.fixture

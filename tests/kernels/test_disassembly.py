@@ -35,6 +35,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def isa() -> None:
+    """Once is enough: nothing here runs a kernel."""
+
+
 def object_file(stem: str) -> Path:
     found = ROOT.glob(f"build/*/CMakeFiles/_C.dir/{stem}.cpp.o")
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)

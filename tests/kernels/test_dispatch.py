@@ -14,6 +14,11 @@ from moe_runtime.errors import ConfigError, IsaUnavailable, KernelError
 from moe_runtime.kernels import OPS, choose, cpu, packing, reference
 
 
+@pytest.fixture
+def isa() -> None:
+    """Once is enough: these tests choose instruction sets themselves."""
+
+
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],

@@ -4,12 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_oracle import BACKENDS, chunked_logits, load
+from model_oracle import chunked_logits, load
 from world import ARCHITECTURES, tiny_checkpoint
 
-pytestmark = pytest.mark.skipif(
-    "cpu" not in BACKENDS, reason="a library's matrix product depends on its rows"
-)
+pytestmark = pytest.mark.usefixtures("isa")  # a library's matrix product depends on its rows; ours do not
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_oracle import BACKENDS, chunked_logits, greedy, load
+from model_oracle import chunked_logits, greedy, load
 from safetensors.torch import load_file
 from world import edit_config, tiny_checkpoint, write_weights
 
@@ -140,7 +140,6 @@ def prompts() -> list[torch.Tensor]:
     return [torch.randint(0, 272, (length,), generator=generator) for length in (29, 18, 4)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_equal_the_literal_forward(ling: Any, backend: str) -> None:
     folder, weights, config = ling
     for ids, logits in zip(prompts(), chunked_logits(load(folder, backend), prompts()), strict=True):
@@ -152,7 +151,6 @@ def test_logits_equal_the_literal_forward(ling: Any, backend: str) -> None:
     assert weights.read | experts == set(weights), "the checkpoint has tensors that the description does not"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_greedy_tokens_equal_the_literal_forward(ling: Any, backend: str) -> None:
     folder, weights, config = ling
     ids = prompts()[1]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_oracle import BACKENDS, chunked_logits, greedy, load
+from model_oracle import chunked_logits, greedy, load
 from transformers import AutoConfig, AutoModelForCausalLM
 from world import COMMON, write_tokenizer
 
@@ -125,7 +125,6 @@ def prompts() -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_equal_transformers_over_chunks_and_mixed_batches(oracle: Any, backend: str) -> None:
     model, folder = oracle
     ours = chunked_logits(load(folder, backend), prompts())
@@ -137,7 +136,6 @@ def test_logits_equal_transformers_over_chunks_and_mixed_batches(oracle: Any, ba
         assert error <= BOUND
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_greedy_tokens_equal_transformers_generate(oracle: Any, backend: str) -> None:
     model, folder = oracle
     ids = prompts()[1]
