@@ -1,8 +1,6 @@
-// Activation rows in the form the matmul kernels read: bf16 for VDPBF16PS, else float; an odd K gets one zero behind
-// it, because groups of bf16 weights are pairs. Rounded once per call, not once per tile.
+// Activation rows in the form the matmul kernels read (layout.h): converted once per call, not once per tile.
 #pragma once
 #include <algorithm>
-#include <cstring>
 
 #include "kernel_table.h"
 #include "scratch.h"
@@ -10,9 +8,9 @@
 
 class Activations {
  public:
-  Activations(const KernelTable& table, const float* x, int64_t rows, int64_t k, int32_t dtype, Scratch& scratch)
-      : table_(table), x_(x), rows_(rows), k_(k), type_(table.activation[dtype]),
-        padded_(round_up(k, group_size(dtype))), in_place_(type_ == kFloat32 && padded_ == k),
+  Activations(const KernelTable& table, const float* x, int64_t rows, int64_t k, int32_t format, Scratch& scratch)
+      : table_(table), x_(x), rows_(rows), k_(k), type_(table.input_rows[format_kind(format)]),
+        in_place_(type_ == kRowFloat32 && row_bytes(k, type_) == k * (int64_t)sizeof(float)),
         stage_(in_place_ ? 0 : (rows + kRows - 1) / kRows) {
     if (!in_place_) copy_ = scratch.take<char>(rows * stride());
   }
@@ -21,16 +19,15 @@ class Activations {
   void prepare() {
     stage_.drain([&](int64_t task) {
       for (int64_t r = task * kRows; r < std::min(rows_, (task + 1) * kRows); ++r) {
-        char* row = copy_ + r * stride();
-        table_.convert(x_ + r * k_, row, k_, type_);
-        if (padded_ > k_) std::memset(row + k_ * element_size(type_), 0, (size_t)element_size(type_));
+        table_.write_row(x_ + r * k_, copy_ + r * stride(), 0, k_, k_, type_);
       }
     });
     stage_.wait();
   }
 
   const char* row(int64_t r) const { return (in_place_ ? reinterpret_cast<const char*>(x_) : copy_) + r * stride(); }
-  int64_t stride() const { return padded_ * element_size(type_); }
+  int64_t stride() const { return row_bytes(k_, type_); }
+  int32_t type() const { return type_; }
 
  private:
   static constexpr int64_t kRows = 8;
@@ -38,7 +35,6 @@ class Activations {
   const float* x_;
   int64_t rows_, k_;
   int32_t type_;
-  int64_t padded_;
   bool in_place_;
   char* copy_ = nullptr;
   Stage stage_;

@@ -45,14 +45,25 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_num_threads", &set_num_threads);
   m.def("num_threads", &num_threads);
 
-  m.def("packed_bytes", &packed_bytes);                  // n, k, dtype
-  m.def("packed_gate_up_bytes", &packed_gate_up_bytes);  // intermediate, hidden, dtype
+  m.def("packed_bytes", &packed_bytes);                  // n, k, format
+  m.def("packed_gate_up_bytes", &packed_gate_up_bytes);  // intermediate, hidden, format
   m.def("advise_huge_pages", [](Address data, int64_t size) { advise_huge_pages(bytes_out(data), size); });
   m.def("pack", [](Address weight, int64_t n, int64_t k, int32_t dtype, int target, Address packed) {
     pack(bytes(weight), n, k, dtype, (PackTarget)target, bytes_out(packed));
   }, no_gil);
   m.def("unpack", [](Address packed, int64_t n, int64_t k, int32_t dtype, int target, Address weight) {
     unpack(bytes(packed), n, k, dtype, (PackTarget)target, bytes_out(weight));
+  }, no_gil);
+
+  m.def("pack_integer", [](Address codes, Address scales, Address zeros, int64_t n, int64_t k, int32_t format, int target,
+                           Address packed) {
+    pack_integer((const uint8_t*)codes, floats(scales), (const uint8_t*)zeros, n, k, format, (PackTarget)target,
+                 bytes_out(packed));
+  }, no_gil);
+  m.def("unpack_integer", [](Address packed, int64_t n, int64_t k, int32_t format, int target, Address codes,
+                             Address scales, Address zeros) {
+    unpack_integer(bytes(packed), n, k, format, (PackTarget)target, (uint8_t*)codes, floats_out(scales),
+                   (uint8_t*)zeros);
   }, no_gil);
 
   m.def("route", [](Address logits, int64_t tokens, int64_t experts, Address bias, int64_t top_k, int64_t num_groups,
@@ -62,15 +73,15 @@ PYBIND11_MODULE(_C, m) {
                             routed_scaling, norm_epsilon};
     route(floats(logits), tokens, experts, floats(bias), rules, reinterpret_cast<int32_t*>(ids), floats_out(weights));
   }, no_gil);
-  m.def("linear", [](Address x, int64_t tokens, int64_t heads, int64_t k, Address packed, int64_t n, int32_t dtype,
+  m.def("linear", [](Address x, int64_t tokens, int64_t heads, int64_t k, Address packed, int64_t n, int32_t format,
                      Address bias, Address out) {
-    linear(floats(x), tokens, heads, k, bytes(packed), n, dtype, floats(bias), floats_out(out));
+    linear(floats(x), tokens, heads, k, bytes(packed), n, format, floats(bias), floats_out(out));
   }, no_gil);
   m.def("fused_moe", [](Address x, Address ids, Address weights, Address gate_up, Address down, int64_t tokens,
-                        int64_t top_k, int64_t hidden, int64_t intermediate, int64_t experts, int32_t dtype,
+                        int64_t top_k, int64_t hidden, int64_t intermediate, int64_t experts, int32_t format,
                         Address out) {
     fused_moe(floats(x), ints(ids), floats(weights), bytes(gate_up), bytes(down),
-              {tokens, top_k, hidden, intermediate, experts}, dtype, floats_out(out));
+              {tokens, top_k, hidden, intermediate, experts}, format, floats_out(out));
   }, no_gil);
   m.def("rms_norm", [](Address x, Address residual, Address weight, double eps, int64_t rows, int64_t dim, Address out,
                        Address total) {

@@ -5,19 +5,23 @@
 
 #include "layout.h"
 
-// Rows are activations: row r starts at rows + (row_index ? row_index[r] : r) * row_stride bytes.
+// Rows are activations in the table's row type: row r starts at rows + (row_index ? row_index[r] : r) * row_stride.
 struct MatmulArgs {
   const char* rows;
   int64_t row_stride;         // bytes
+  int32_t row_type;           // integer weights: kRowInt8 or kRowInt16
   const int32_t* row_index;   // or null
   int64_t num_rows;
   const char* panels;         // first panel of this task
   int64_t panel_stride;       // bytes
   int64_t num_panels;
-  int64_t num_groups;         // k-groups that hold data; the zero padding behind them is not read
-  void* out;                  // row r at out + r * out_stride; float for matmul, activation type for gate_up
+  int32_t format;             // of the weights
+  int64_t k;                  // the padding behind it is zeros
+  void* out;                  // row r at out + r * out_stride; float for matmul, hidden row type for gate_up
   int64_t out_stride;         // bytes
-  int64_t num_columns;        // columns of `out` to write, at most 32 (gate_up: 16) per panel
+  int64_t num_columns;        // matmul: columns of `out` to write, at most 32 per panel
+  int64_t first_hidden;       // gate_up: the first of 16 columns per panel; a multiple of kRowBlock for integer rows
+  int64_t hidden;             // gate_up: columns of a whole hidden row
   const float* bias;          // of the first column, or null; matmul only
 };
 
@@ -44,11 +48,15 @@ struct AttentionPart {
 
 struct KernelTable {
   const char* name;
-  // The activation type each weight dtype is multiplied with: kFloat32, or kBFloat16 where VDPBF16PS exists.
-  int32_t activation[3];
-  void (*matmul[3])(const MatmulArgs*);
-  void (*gate_up[3])(const MatmulArgs*);
-  void (*convert)(const float* in, void* out, int64_t count, int32_t dtype);
+  // By kind of weight. The row type it is multiplied with: of a layer's input, and of the hidden row between gate/up
+  // and down, whose heavy tails need more bits.
+  int32_t input_rows[kNumKinds], hidden_rows[kNumKinds];
+  void (*matmul[kNumKinds])(const MatmulArgs*);
+  void (*gate_up[kNumKinds])(const MatmulArgs*);
+  void (*convert)(const float* in, void* out, int64_t count, int32_t dtype);  // to a plain type
+  // Columns [first, first + count) of a row of k columns in row type `type`; for integer rows `first` is a multiple of
+  // kRowBlock, and the last block is filled up with zeros. A row with NaN or infinity gets NaN in its block's scale.
+  void (*write_row)(const float* in, char* row, int64_t first, int64_t count, int64_t k, int32_t type);
   void (*rms_norm)(const float* x, const float* residual, const float* weight, float eps, int64_t dim,
                    float* out, float* total);
   void (*silu_mul)(const float* gate, const float* up, float* out, int64_t count);

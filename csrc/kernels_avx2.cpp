@@ -7,7 +7,9 @@
 namespace {
 #include "simd_avx2.h"
 #include "row_kernels.h"
+#include "row_integers.h"
 #include "matmul_kernels.h"
+#include "matmul_integer.h"
 #include "attention_kernels.h"
 
 }  // namespace
@@ -15,10 +17,14 @@ namespace {
 extern "C" __attribute__((visibility("hidden"))) void moe_kernels_avx2(KernelTable* table) {
   *table = {
       "avx2",
-      {kFloat32, kFloat32, kFloat32},
-      {matmul<WeightsF32, false>, matmul<WeightsBF16Wide, false>, matmul<WeightsF16, false>},
-      {matmul<WeightsF32, true>, matmul<WeightsBF16Wide, true>, matmul<WeightsF16, true>},
+      {kRowFloat32, kRowFloat32, kRowFloat32, kRowInt8, kRowInt8},
+      {kRowFloat32, kRowFloat32, kRowFloat32, kRowInt16, kRowInt16},
+      {matmul<WeightsF32, false>, matmul<WeightsBF16Wide, false>, matmul<WeightsF16, false>,
+       matmul_integer, matmul_integer},
+      {matmul<WeightsF32, true>, matmul<WeightsBF16Wide, true>, matmul<WeightsF16, true>,
+       gate_up_integer, gate_up_integer},
       convert,
+      write_row,
       rms_norm,
       silu_mul,
       weighted_sum,

@@ -11,7 +11,7 @@ namespace {
 #include "matmul_kernels.h"
 
 struct WeightsBF16Dot {
-  static constexpr int kSteps = 1, kLineBytes = kLanes * 4, kActivation = kBFloat16;
+  static constexpr int kSteps = 1, kLineBytes = kLanes * 4, kRow = kRowBFloat16;
   static inline Vec load(const char* p, int) { return v_load((const float*)p); }
   static inline Vec broadcast(const char* row, int64_t group, int) {
     int32_t pair;
@@ -27,7 +27,7 @@ struct WeightsBF16Dot {
 extern "C" __attribute__((visibility("hidden"))) void moe_kernels_avx512bf16(KernelTable* table) {
   moe_kernels_avx512(table);
   table->name = "avx512bf16";
-  table->activation[kBFloat16] = kBFloat16;
+  table->input_rows[kBFloat16] = table->hidden_rows[kBFloat16] = kRowBFloat16;
   table->matmul[kBFloat16] = matmul<WeightsBF16Dot, false>;
   table->gate_up[kBFloat16] = matmul<WeightsBF16Dot, true>;
 }

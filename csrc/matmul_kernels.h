@@ -9,14 +9,14 @@
 // whole K runs in registers and the weights just stream.
 
 struct WeightsF32 {
-  static constexpr int kSteps = 1, kLineBytes = kLanes * 4, kActivation = kFloat32;
+  static constexpr int kSteps = 1, kLineBytes = kLanes * 4, kRow = kRowFloat32;
   static inline Vec load(const char* p, int) { return v_load((const float*)p); }
   static inline Vec broadcast(const char* row, int64_t group, int) { return v_set(((const float*)row)[group]); }
   static inline Vec mul_add(Vec sum, Vec a, Vec b) { return v_fma(a, b, sum); }
 };
 
 struct WeightsF16 {
-  static constexpr int kSteps = 1, kLineBytes = kLanes * 2, kActivation = kFloat32;
+  static constexpr int kSteps = 1, kLineBytes = kLanes * 2, kRow = kRowFloat32;
   static inline Vec load(const char* p, int) { return v_load_f16((const uint16_t*)p); }
   static inline Vec broadcast(const char* row, int64_t group, int) { return v_set(((const float*)row)[group]); }
   static inline Vec mul_add(Vec sum, Vec a, Vec b) { return v_fma(a, b, sum); }
@@ -24,7 +24,7 @@ struct WeightsF16 {
 
 // bf16 weights, float activations: both halves of each pair are widened in registers.
 struct WeightsBF16Wide {
-  static constexpr int kSteps = 2, kLineBytes = kLanes * 4, kActivation = kFloat32;
+  static constexpr int kSteps = 2, kLineBytes = kLanes * 4, kRow = kRowFloat32;
   static inline Vec load(const char* p, int step) { return step ? v_pair_odd(p) : v_pair_even(p); }
   static inline Vec broadcast(const char* row, int64_t group, int step) {
     return v_set(((const float*)row)[2 * group + step]);
@@ -123,19 +123,20 @@ template <class W, int P>
 static void multiply_chunk(const MatmulArgs& args, int64_t first_row, int64_t num_rows, int64_t panel, float* sums) {
   constexpr int64_t group_bytes = W::kLineBytes * kPanelVectors;
   constexpr int64_t panel_lines = group_bytes / 64, lines = P * panel_lines;  // per group
+  const int64_t num_groups = round_up(args.k, group_size(args.format)) / group_size(args.format);
   Tile t = {};
   t.panels = args.panels + panel * args.panel_stride;
   t.panel_stride = args.panel_stride;
   const int64_t tiles = (num_rows + kRowTile - 1) / kRowTile;
   const int64_t share = tiles == 1 ? lines : tiles < 4 && lines == 4 ? 2 : 1;  // lines per group and tile
-  const int64_t block = tiles > 1 ? kBlockGroups : args.num_groups;
-  for (int64_t g = 0; g < args.num_groups; g += block) {
+  const int64_t block = tiles > 1 ? kBlockGroups : num_groups;
+  for (int64_t g = 0; g < num_groups; g += block) {
     t.first_group = g;
-    t.end_group = g + block < args.num_groups ? g + block : args.num_groups;
+    t.end_group = g + block < num_groups ? g + block : num_groups;
     // Prefetch what comes next, as an offset from what is being read: the following K block, or the first block of
     // this task's next panels. A single tile streams: it runs a fixed distance ahead.
     const int64_t next = tiles == 1                         ? kStreamAhead
-                         : t.end_group < args.num_groups ? (t.end_group - g) * group_bytes
+                         : t.end_group < num_groups ? (t.end_group - g) * group_bytes
                                                             : P * args.panel_stride - g * group_bytes;
     int64_t row = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -174,13 +175,13 @@ static void store_plain(const MatmulArgs& args, int64_t row, int64_t panel, cons
 
 template <class W>
 static void store_gate_up(const MatmulArgs& args, int64_t row, int64_t panel, const float* sums, int64_t width) {
-  char* out = (char*)args.out + row * args.out_stride;
+  char* out = (char*)args.out + row * args.out_stride + args.first_hidden * element_size(W::kRow);
   for (int64_t p = 0; p < width / kPanelColumns; ++p) {
     for (int64_t i = 0; i < kTileColumns; i += kLanes) {
       const float* gate = sums + p * kPanelColumns + i;
       const Vec h = v_silu_mul(v_load(gate), v_load(gate + kTileColumns));
       const int64_t column = (panel + p) * kTileColumns + i;
-      if (W::kActivation == kBFloat16) v_store_bf16((uint16_t*)out + column, h);
+      if (W::kRow == kRowBFloat16) v_store_bf16((uint16_t*)out + column, h);
       else v_store((float*)out + column, h);
     }
   }

@@ -1,6 +1,6 @@
 // Fused mixture of experts: gate, up, SiLU, down and the weighted sum in one fork.
 //
-//   0. counting sort of (token, slot) pairs by expert; x rounded once to the activation type
+//   0. counting sort of (token, slot) pairs by expert; x converted once to the row type the kernels read
 //   1. tasks (expert, gate/up panels): h = silu(gate) * up for the expert's rows, in sorted order
 //   2. tasks (output columns): every expert's down projection into a small private block, then each token's sum over
 //      its slots, in slot order. A task owns its columns: no atomics, no third barrier, nothing of size [T * k, H].
@@ -62,29 +62,33 @@ struct Call {
   const Sorted& sorted;
   const char* gate_up;
   const char* down;
-  int32_t dtype;
-  char* h;               // [pairs, I padded to 16] in the activation type
+  int32_t format;
+  int64_t hidden_width;  // I padded to 16
+  char* h;               // [pairs, hidden_width] in the hidden row type
   int64_t h_stride;      // bytes
+
+  int32_t hidden_type() const { return table.hidden_rows[format_kind(format)]; }
 };
 
 void gate_up_task(const Call& c, const Activations& rows, int32_t expert, int64_t panel, int64_t num_panels) {
   const int64_t first = c.sorted.first[expert];
-  const int32_t activation = c.table.activation[c.dtype];
-  MatmulArgs args;
+  MatmulArgs args = {};
   args.rows = rows.row(0);
   args.row_stride = rows.stride();
+  args.row_type = rows.type();
   args.row_index = c.sorted.token_of + first;
   args.num_rows = c.sorted.first[expert + 1] - first;
-  args.panel_stride = panel_bytes(c.shape.hidden, c.dtype);
-  args.panels = c.gate_up + expert * packed_gate_up_bytes(c.shape.intermediate, c.shape.hidden, c.dtype) +
+  args.panel_stride = panel_bytes(c.shape.hidden, c.format);
+  args.panels = c.gate_up + expert * packed_gate_up_bytes(c.shape.intermediate, c.shape.hidden, c.format) +
                 panel * args.panel_stride;
   args.num_panels = num_panels;
-  args.num_groups = round_up(c.shape.hidden, group_size(c.dtype)) / group_size(c.dtype);
-  args.out = c.h + first * c.h_stride + panel * kTileColumns * element_size(activation);
+  args.format = c.format;
+  args.k = c.shape.hidden;
+  args.out = c.h + first * c.h_stride;
   args.out_stride = c.h_stride;
-  args.num_columns = num_panels * kTileColumns;
-  args.bias = nullptr;
-  c.table.gate_up[c.dtype](&args);
+  args.first_hidden = panel * kTileColumns;
+  args.hidden = c.hidden_width;
+  c.table.gate_up[format_kind(c.format)](&args);
 }
 
 // Columns [column, column + width) of every sorted row -> block [pairs, width].
@@ -93,20 +97,20 @@ void down_task(const Call& c, int64_t column, int64_t width, float* block) {
   for (int64_t i = 0; i < c.sorted.num_active; ++i) {
     const int32_t expert = c.sorted.active[i];
     const int64_t first = c.sorted.first[expert];
-    MatmulArgs args;
+    MatmulArgs args = {};
     args.rows = c.h + first * c.h_stride;
     args.row_stride = c.h_stride;
-    args.row_index = nullptr;
+    args.row_type = c.hidden_type();
     args.num_rows = c.sorted.first[expert + 1] - first;
-    args.panel_stride = panel_bytes(k, c.dtype);
-    args.panels = c.down + expert * packed_bytes(c.shape.hidden, k, c.dtype) + column / kPanelColumns * args.panel_stride;
+    args.panel_stride = panel_bytes(k, c.format);
+    args.panels = c.down + expert * packed_bytes(c.shape.hidden, k, c.format) + column / kPanelColumns * args.panel_stride;
     args.num_panels = round_up(width, kPanelColumns) / kPanelColumns;
-    args.num_groups = round_up(k, group_size(c.dtype)) / group_size(c.dtype);
+    args.format = c.format;
+    args.k = k;
     args.out = block + first * width;
     args.out_stride = width * (int64_t)sizeof(float);
     args.num_columns = width;
-    args.bias = nullptr;
-    c.table.matmul[c.dtype](&args);
+    c.table.matmul[format_kind(c.format)](&args);
   }
 }
 
@@ -122,18 +126,22 @@ void sum_slots(const Call& c, const float* weights, int64_t column, int64_t widt
 }  // namespace
 
 void fused_moe(const float* x, const int32_t* ids, const float* weights, const char* gate_up, const char* down,
-               const MoeShape& shape, int32_t dtype, float* out) {
+               const MoeShape& shape, int32_t format, float* out) {
   const KernelTable& table = kernels();
   const int64_t pairs = shape.num_tokens * shape.top_k, threads = num_threads();
   Scratch scratch;
   const Sorted sorted = sort_by_expert(ids, shape, scratch);
-  Activations rows(table, x, shape.num_tokens, shape.hidden, dtype, scratch);
+  Activations rows(table, x, shape.num_tokens, shape.hidden, format, scratch);
   const int64_t gate_up_panels = round_up(shape.intermediate, kTileColumns) / kTileColumns;
-  const int64_t h_stride = gate_up_panels * kTileColumns * element_size(table.activation[dtype]);
-  const Call call{table, shape, sorted, gate_up, down, dtype, scratch.take<char>(pairs * h_stride), h_stride};
+  const int64_t hidden_width = gate_up_panels * kTileColumns;
+  const int64_t h_stride = row_bytes(hidden_width, table.hidden_rows[format_kind(format)]);
+  const Call call{table,        shape, sorted, gate_up, down, format, hidden_width,
+                  scratch.take<char>(pairs * h_stride), h_stride};
 
+  // About eight tasks per thread. A block of an integer hidden row is written by one task: four panels.
+  const int64_t unit = is_integer(format) ? kRowBlock / kTileColumns : 2;
   const int64_t wanted = sorted.num_active * gate_up_panels / (threads * 8);
-  const int64_t panels = std::clamp<int64_t>(wanted / 2 * 2, 2, 16);
+  const int64_t panels = std::clamp<int64_t>(wanted / unit * unit, unit, 16);
   const int64_t panel_chunks = (gate_up_panels + panels - 1) / panels;
   Stage gate_up_stage(sorted.num_active * panel_chunks);
 

@@ -15,6 +15,11 @@ struct RouterRules {
 enum class PackTarget : int { kLinear = 0, kGate = 1, kUp = 2 };
 void pack(const char* weight, int64_t n, int64_t k, int32_t dtype, PackTarget target, char* packed);
 void unpack(const char* packed, int64_t n, int64_t k, int32_t dtype, PackTarget target, char* weight);
+// pack_integer.cpp: codes [N, K], scales [N, groups] and zeros [N, groups] or null, as QuantizedWeight in packed.py.
+void pack_integer(const uint8_t* codes, const float* scales, const uint8_t* zeros, int64_t n, int64_t k, int32_t format,
+                  PackTarget target, char* packed);
+void unpack_integer(const char* packed, int64_t n, int64_t k, int32_t format, PackTarget target, uint8_t* codes,
+                    float* scales, uint8_t* zeros);
 void advise_huge_pages(char* data, int64_t bytes);
 
 // router.cpp
@@ -22,7 +27,7 @@ void route(const float* logits, int64_t num_tokens, int64_t num_experts, const f
            int32_t* ids, float* weights);
 
 // linear.cpp: x [T, heads, K], one packed [N, K] per head, out [T, heads, N]; bias [N] or null.
-void linear(const float* x, int64_t num_tokens, int64_t heads, int64_t k, const char* packed, int64_t n, int32_t dtype,
+void linear(const float* x, int64_t num_tokens, int64_t heads, int64_t k, const char* packed, int64_t n, int32_t format,
             const float* bias, float* out);
 
 // moe.cpp
@@ -30,7 +35,7 @@ struct MoeShape {
   int64_t num_tokens, top_k, hidden, intermediate, num_experts;
 };
 void fused_moe(const float* x, const int32_t* ids, const float* weights, const char* gate_up, const char* down,
-               const MoeShape& shape, int32_t dtype, float* out);
+               const MoeShape& shape, int32_t format, float* out);
 
 // rows.cpp
 void rms_norm(const float* x, const float* residual, const float* weight, double eps, int64_t rows, int64_t dim,

@@ -1,32 +1,18 @@
-// Writes and reads the layout of layout.h, bit by bit: weights are moved, never converted.
+// Writes and reads plain weights in the layout of layout.h, bit by bit: they are moved, never converted.
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cstring>
 
-#include "ops.h"
-#include "thread_pool.h"
+#include "pack_tiles.h"
 
 namespace {
-
-// Where tile `t` of a source matrix lives. A linear fills both tiles of a panel; gate and up fill one each.
-struct Place {
-  int64_t panel, slot;
-};
-Place place_of(int64_t tile, PackTarget target) {
-  if (target == PackTarget::kLinear) return {tile / 2, tile % 2};
-  return {tile, target == PackTarget::kGate ? 0 : 1};
-}
-
-int64_t num_tiles(int64_t n, PackTarget target) {
-  return round_up(n, target == PackTarget::kLinear ? kPanelColumns : kTileColumns) / kTileColumns;
-}
 
 // visit(source index, or -1 for padding; packed index) for every element of one tile.
 template <class F>
 void visit_tile(int64_t tile, int64_t n, int64_t k, int64_t group, PackTarget target, F visit) {
   const Place place = place_of(tile, target);
-  const int64_t padded = round_up(k, kPadK);
+  const int64_t padded = padded_k(k, kFloat32);
   const int64_t base = place.panel * padded * kPanelColumns + place.slot * kTileColumns * group;
   for (int64_t g = 0; g < padded / group; ++g) {
     for (int64_t c = 0; c < kTileColumns; ++c) {
@@ -36,16 +22,6 @@ void visit_tile(int64_t tile, int64_t n, int64_t k, int64_t group, PackTarget ta
       }
     }
   }
-}
-
-template <class F>
-void for_each_tile(int64_t n, int64_t k, PackTarget target, F body) {
-  const int64_t tiles = num_tiles(n, target);
-  Stage stage(tiles);
-  run(n * k > (1 << 16), [&](int) {
-    stage.drain(body);
-    stage.wait();
-  });
 }
 
 // A full tile, a group at a time (Group is 4 bytes for pairs of bf16): 16 x 16 blocks keep both sides in L1.
@@ -68,7 +44,7 @@ void pack_full_tile(const char* weight, int64_t groups, int64_t padded_groups, c
 template <class T, class Group>
 void pack_as(const T* weight, int64_t n, int64_t k, PackTarget target, T* packed) {
   constexpr int64_t group = sizeof(Group) / sizeof(T);
-  const int64_t padded = round_up(k, kPadK);
+  const int64_t padded = padded_k(k, kFloat32);
   for_each_tile(n, k, target, [&](int64_t tile) {
     if ((tile + 1) * kTileColumns <= n && k % group == 0) {
       const Place place = place_of(tile, target);

@@ -56,6 +56,9 @@ static inline void v_store_bf16_n(uint16_t* p, Vec x, int64_t n) {
 static inline __m128 v_fold(Vec x) {  // 8 lanes -> 4 sums, always in the same order
   return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
 }
+static inline void v_store_int(int32_t* p, Vec x) {  // nearest even
+  _mm256_storeu_si256((__m256i*)p, _mm256_cvtps_epi32(x));
+}
 static inline float v_max_lane(Vec x) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));

@@ -51,6 +51,7 @@ static inline __m128 v_fold(Vec x) {  // 16 lanes -> 4 sums, always in the same 
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
+static inline void v_store_int(int32_t* p, Vec x) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(x)); }  // nearest even
 static inline float v_max_lane(Vec x) { return _mm512_reduce_max_ps(x); }
 
 // 2^n for integral n in [-126, 127].

@@ -14,9 +14,25 @@ from typing import Any
 from moe_runtime.errors import ConfigError, IsaUnavailable
 from moe_runtime.kernels import cpu, packing, reference
 from moe_runtime.kernels.cpu import set_num_threads
-from moe_runtime.kernels.packed import PackedExperts, PackedLinear, RouterSpec
+from moe_runtime.kernels.packed import (
+    PackedExperts,
+    PackedLinear,
+    QuantizedWeight,
+    RouterSpec,
+    WeightFormat,
+)
 
-__all__ = ["OPS", "Kernels", "PackedExperts", "PackedLinear", "RouterSpec", "choose", "set_num_threads"]
+__all__ = [
+    "OPS",
+    "Kernels",
+    "PackedExperts",
+    "PackedLinear",
+    "QuantizedWeight",
+    "RouterSpec",
+    "WeightFormat",
+    "choose",
+    "set_num_threads",
+]
 
 Operation = Callable[..., Any]
 

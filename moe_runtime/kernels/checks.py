@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from moe_runtime.errors import KernelError
-from moe_runtime.kernels.packed import WEIGHT_DTYPES
+from moe_runtime.kernels.packed import QuantizedWeight
 
 
 def failure(op: str, argument: str, expected: str, got: object) -> KernelError:
@@ -32,17 +32,17 @@ def check_dims(op: str, argument: str, tensor: torch.Tensor, dims: int) -> None:
         raise failure(op, argument, f"a tensor of {dims} dimensions", list(tensor.shape))
 
 
-def weight_tag(op: str, argument: str, dtype: torch.dtype) -> int:
-    """csrc/layout.h's number of a weight dtype."""
-    if dtype is torch.bfloat16:
-        return 1
-    if dtype is torch.float32:
-        return 0
-    if dtype is torch.float16:
-        return 2
-    raise failure(op, argument, f"one of {WEIGHT_DTYPES}", dtype)
-
-
 def check_layout(op: str, layout: str) -> None:
     if layout != "panels":
         raise KernelError(f"{op}: weights are packed as {layout!r} for another backend, expected 'panels'")
+
+
+def check_codes(
+    op: str, argument: str, weight: QuantizedWeight, shape: Sequence[int]
+) -> tuple[int, int, int]:
+    """The addresses of codes, scales and zeros (0: none) of a quantised matrix of this shape."""
+    if not all(part.is_contiguous() and part.is_cpu for part in (weight.codes, weight.scales)):
+        raise failure(op, argument, "contiguous on the CPU", "not")
+    codes = check(op, argument, weight.codes, shape, torch.uint8)
+    zeros = 0 if weight.zeros is None else check(op, argument, weight.zeros, weight.scales.shape, torch.uint8)
+    return codes, int(weight.scales.data_ptr()), zeros

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 import moe_runtime._C as _C
-from moe_runtime.kernels.checks import check, check_dims, check_layout, failure, weight_tag
-from moe_runtime.kernels.packed import PackedExperts, PackedLinear, RouterSpec
+from moe_runtime.kernels.checks import check, check_dims, check_layout, failure
+from moe_runtime.kernels.packed import PackedExperts, PackedLinear, RouterSpec, WeightFormat
 
 _FLOAT, _INT = torch.float32, torch.int32
 
@@ -43,8 +43,7 @@ def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = No
     x_at = check("linear", "x", x, (rows, k))
     bias_at = 0 if bias is None else check("linear", "bias", bias, (n,))
     out = torch.empty(rows, n, dtype=_FLOAT)
-    tag = weight_tag("linear", "packed", packed.dtype)
-    _C.linear(x_at, rows, 1, k, packed.data.data_ptr(), n, tag, bias_at, out.data_ptr())
+    _C.linear(x_at, rows, 1, k, packed.data.data_ptr(), n, packed.format.tag, bias_at, out.data_ptr())
     return out
 
 
@@ -55,8 +54,7 @@ def linear_heads(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
     heads, n, k, rows = packed.heads, packed.out_features, packed.in_features, x.shape[0]
     x_at = check(op, "x", x, (rows, heads, k))
     out = torch.empty(rows, heads, n, dtype=_FLOAT)
-    tag = weight_tag(op, "packed", packed.dtype)
-    _C.linear(x_at, rows, heads, k, packed.data.data_ptr(), n, tag, 0, out.data_ptr())
+    _C.linear(x_at, rows, heads, k, packed.data.data_ptr(), n, packed.format.tag, 0, out.data_ptr())
     return out
 
 
@@ -74,7 +72,7 @@ def fused_moe(
     _C.fused_moe(
         x_at, ids_at, weights_at, experts.gate_up.data_ptr(), experts.down.data_ptr(),
         tokens, top_k, experts.hidden, experts.intermediate, experts.num_experts,
-        weight_tag(op, "experts", experts.dtype), out.data_ptr(),
+        experts.format.tag, out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -158,7 +156,7 @@ def rope(
 def _cache_tag(op: str, argument: str, cache: torch.Tensor) -> int:
     if cache.dtype not in (_FLOAT, torch.bfloat16):
         raise failure(op, argument, "float32 or bfloat16", cache.dtype)
-    return weight_tag(op, argument, cache.dtype)
+    return WeightFormat.of(cache.dtype).tag
 
 
 def write_cache(cache: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:

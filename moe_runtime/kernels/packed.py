@@ -1,4 +1,6 @@
-"""The plain data that travels between the models and the kernels: packed weights and the router's rules."""
+"""The plain data that travels between the models and the kernels: weights, in integers or packed, and the
+router's rules.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +13,124 @@ from moe_runtime.errors import KernelError
 
 # "rows": the checkpoint's own row-major tensor. "panels": csrc/layout.h, 32-column panels of VNNI k-groups.
 Layout = Literal["rows", "panels"]
-WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Kind = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "float16", "int8", "int4")  # csrc/layout.h's numbers
+GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How the elements of a weight matrix [N, K] are stored.
+
+    int8: one scale per row n. int4: one scale per row and ``group`` of k, and a zero point too with ``zeros``
+    (else it is 8). The others are plain numbers.
+    """
+
+    kind: Kind
+    group: int = 0
+    zeros: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise KernelError(f"weight format {self.kind!r}, expected one of {', '.join(KINDS)}")
+        if self.kind == "int4" and self.group not in GROUPS:
+            raise KernelError(f"int4 in groups of {self.group}, expected one of {GROUPS}")
+        if self.kind != "int4" and (self.group or self.zeros):
+            raise KernelError(f"{self.kind} has neither scale groups nor zero points")
+
+    @classmethod
+    def of(cls, what: torch.dtype | WeightFormat) -> WeightFormat:
+        """The format of a plain tensor's dtype; a format is itself."""
+        if isinstance(what, WeightFormat):
+            return what
+        name = str(what).removeprefix("torch.")
+        if name not in KINDS[:3]:
+            raise KernelError(f"weights of {what}, expected one of {', '.join(KINDS[:3])}")
+        return cls(name)
+
+    @property
+    def is_integer(self) -> bool:
+        return self.kind in ("int8", "int4")
+
+    @property
+    def tag(self) -> int:
+        """csrc/layout.h's number of this format."""
+        return KINDS.index(self.kind) | self.group << 8 | self.zeros << 24
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the plain tensor; of the dequantised one for integers."""
+        plain: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+        return plain.get(self.kind, torch.float32)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of large matrices, scales and zero points included."""
+        if self.kind == "int4":
+            return 4 + (16 + 8 * self.zeros) / self.group
+        return {"float32": 32.0, "int8": 8.0}.get(self.kind, 16.0)
+
+    def num_groups(self, k: int) -> int:
+        """Scales per row of K = ``k``."""
+        return -(-k // self.group) if self.group else 1
+
+    def __str__(self) -> str:
+        return f"{self.kind}-g{self.group}{'z' if self.zeros else ''}" if self.group else self.kind
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """One matrix [N, K] in integers, row-major.
+
+    value[n, k] = scales[n, g] * (codes[n, k] - zero[n, g]) with g = k // group.
+    codes uint8 [N, K]: 0 to 15 for int4, 1 to 255 for int8. scales float32 [N, num_groups(K)]; the kernels
+    store an int4 scale as float16 times a power of two of its row, and packing refuses one that this would
+    change. zeros uint8 [N, num_groups(K)], or None: the zero point is 8 (int4) or 128 (int8).
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    format: WeightFormat
+
+    def __post_init__(self) -> None:
+        n, k = self.codes.shape
+        shape = (n, self.format.num_groups(k))
+        if not self.format.is_integer or (self.zeros is not None) != self.format.zeros:
+            raise KernelError(f"quantised weight: format {self.format} does not fit its parts")
+        zeros = self.scales if self.zeros is None else self.zeros
+        dtypes = (self.codes.dtype, self.scales.dtype, zeros.dtype)
+        wanted = (torch.uint8, torch.float32, torch.float32 if self.zeros is None else torch.uint8)
+        if self.scales.shape != shape or zeros.shape != shape or dtypes != wanted:
+            raise KernelError(f"quantised weight {self.format} [{n}, {k}]: wrong shape or dtype of a part")
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [N, K]."""
+        n, k = self.codes.shape
+        group = self.format.group or k
+        zero = 128 if self.format.kind == "int8" else 8
+        zeros = torch.full_like(self.scales, zero) if self.zeros is None else self.zeros.float()
+        wide = self.codes.float() - zeros.repeat_interleave(group, dim=1)[:, :k]
+        return wide.mul_(self.scales.repeat_interleave(group, dim=1)[:, :k])
 
 
 @dataclass(frozen=True, eq=False)
 class PackedLinear:
     """One or several (``heads``) weight matrices [N, K] in the layout their backend reads.
 
-    ``data`` is [heads, N, K] for "rows" and uint8 [heads, bytes] for "panels".
+    ``data`` is [heads, N, K] for "rows" (dequantised where the format is of integers) and uint8
+    [heads, bytes] for "panels".
     """
 
     data: torch.Tensor
     heads: int
     out_features: int  # N
     in_features: int  # K
-    dtype: torch.dtype
+    format: WeightFormat
     layout: Layout
 
     @property
@@ -45,7 +150,7 @@ class PackedExperts:
     num_experts: int  # E
     hidden: int  # H
     intermediate: int  # I
-    dtype: torch.dtype
+    format: WeightFormat
     layout: Layout
 
     @property

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 import moe_runtime._C as _C
-from moe_runtime.kernels.checks import check, check_dims, check_layout, failure, weight_tag
-from moe_runtime.kernels.packed import PackedExperts, PackedLinear
+from moe_runtime.kernels.checks import check, check_codes, check_dims, check_layout, failure
+from moe_runtime.kernels.packed import PackedExperts, PackedLinear, QuantizedWeight, WeightFormat
 
+Weight = torch.Tensor | QuantizedWeight
 _HUGE_PAGE = 2 << 20
+
+
+def _format(weight: Weight) -> WeightFormat:
+    return weight.format if isinstance(weight, QuantizedWeight) else WeightFormat.of(weight.dtype)
 
 
 def _new_packed(count: int, num_bytes: int) -> torch.Tensor:
@@ -24,27 +31,43 @@ def _new_packed(count: int, num_bytes: int) -> torch.Tensor:
     return room[start : start + total].view(count, num_bytes)
 
 
-def pack_linear(weight: torch.Tensor) -> PackedLinear:
-    check_dims("pack_linear", "weight", weight, 2)
-    return pack_linear_heads(weight.unsqueeze(0))
+def _pack(op: str, weight: Weight, n: int, k: int, target: int, home: torch.Tensor) -> None:
+    """One matrix [N, K] into its place; its format has been checked."""
+    tag, address = _format(weight).tag, home.data_ptr()
+    if isinstance(weight, QuantizedWeight):
+        codes, scales, zeros = check_codes(op, "weight", weight, (n, k))
+        _C.pack_integer(codes, scales, zeros, n, k, tag, target, address)
+    else:
+        source = weight.contiguous()
+        _C.pack(check(op, "weight", source, (n, k), weight.dtype), n, k, tag, target, address)
 
 
-def pack_linear_heads(weight: torch.Tensor) -> PackedLinear:
-    check_dims("pack_linear_heads", "weight", weight, 3)
-    heads, n, k = weight.shape
-    tag = weight_tag("pack_linear_heads", "weight", weight.dtype)
-    data = _new_packed(heads, _C.packed_bytes(n, k, tag))
-    for head in range(heads):
-        source = weight[head].contiguous()
-        _C.pack(source.data_ptr(), n, k, tag, 0, data[head].data_ptr())
-    return PackedLinear(data, heads, n, k, weight.dtype, "panels")
+def pack_linear(weight: Weight) -> PackedLinear:
+    if len(weight.shape) != 2:
+        raise failure("pack_linear", "weight", "a matrix", list(weight.shape))
+    return pack_linear_heads([weight])
 
 
-def new_experts(num_experts: int, hidden: int, intermediate: int, dtype: torch.dtype) -> PackedExperts:
-    tag = weight_tag("new_experts", "dtype", dtype)
-    gate_up = _new_packed(num_experts, _C.packed_gate_up_bytes(intermediate, hidden, tag))
-    down = _new_packed(num_experts, _C.packed_bytes(hidden, intermediate, tag))
-    return PackedExperts(gate_up, down, num_experts, hidden, intermediate, dtype, "panels")
+def pack_linear_heads(weights: torch.Tensor | Sequence[Weight]) -> PackedLinear:
+    op = "pack_linear_heads"
+    if isinstance(weights, torch.Tensor):
+        check_dims(op, "weights", weights, 3)
+    (n, k), weight_format = weights[0].shape, _format(weights[0])
+    data = _new_packed(len(weights), _C.packed_bytes(n, k, weight_format.tag))
+    for head, weight in enumerate(weights):
+        if _format(weight) != weight_format:
+            raise failure(op, f"weights[{head}]", str(weight_format), _format(weight))
+        _pack(op, weight, n, k, 0, data[head])
+    return PackedLinear(data, len(weights), n, k, weight_format, "panels")
+
+
+def new_experts(
+    num_experts: int, hidden: int, intermediate: int, weight_format: torch.dtype | WeightFormat
+) -> PackedExperts:
+    weight_format = WeightFormat.of(weight_format)
+    gate_up = _new_packed(num_experts, _C.packed_gate_up_bytes(intermediate, hidden, weight_format.tag))
+    down = _new_packed(num_experts, _C.packed_bytes(hidden, intermediate, weight_format.tag))
+    return PackedExperts(gate_up, down, num_experts, hidden, intermediate, weight_format, "panels")
 
 
 def _home(experts: PackedExperts, expert_id: int, part: str) -> tuple[int, int, int, torch.Tensor]:
@@ -61,27 +84,34 @@ def _home(experts: PackedExperts, expert_id: int, part: str) -> tuple[int, int, 
     return experts.intermediate, experts.hidden, target, experts.gate_up[expert_id]
 
 
-def pack_expert(experts: PackedExperts, expert_id: int, part: str, weight: torch.Tensor) -> None:
+def pack_expert(experts: PackedExperts, expert_id: int, part: str, weight: Weight) -> None:
     n, k, target, home = _home(experts, expert_id, part)
-    source = weight.contiguous()
-    address = check("pack_expert", part, source, (n, k), experts.dtype)
-    _C.pack(address, n, k, weight_tag("pack_expert", part, experts.dtype), target, home.data_ptr())
+    if weight.shape != (n, k) or _format(weight) != experts.format:
+        got = f"{_format(weight)} {list(weight.shape)}"
+        raise failure("pack_expert", part, f"{experts.format} {[n, k]}", got)
+    _pack("pack_expert", weight, n, k, target, home)
 
 
-def unpack_linear(packed: PackedLinear) -> torch.Tensor:
-    """[N, K], or [heads, N, K] for several heads: the tensor that was packed, bit for bit."""
-    n, k, heads = packed.out_features, packed.in_features, packed.heads
-    out = torch.empty(heads, n, k, dtype=packed.dtype)
-    tag = weight_tag("unpack_linear", "packed", packed.dtype)
-    for head in range(heads):
-        _C.unpack(packed.data[head].data_ptr(), n, k, tag, 0, out[head].data_ptr())
-    return out[0] if heads == 1 else out
+def _unpack(n: int, k: int, weight_format: WeightFormat, target: int, home: torch.Tensor) -> Weight:
+    if not weight_format.is_integer:
+        out = torch.empty(n, k, dtype=weight_format.dtype)
+        _C.unpack(home.data_ptr(), n, k, weight_format.tag, target, out.data_ptr())
+        return out
+    codes, scales = torch.empty(n, k, dtype=torch.uint8), torch.empty(n, weight_format.num_groups(k))
+    zeros = torch.empty(scales.shape, dtype=torch.uint8) if weight_format.zeros else None
+    zeros_at = 0 if zeros is None else zeros.data_ptr()
+    _C.unpack_integer(
+        home.data_ptr(), n, k, weight_format.tag, target, codes.data_ptr(), scales.data_ptr(), zeros_at
+    )
+    return QuantizedWeight(codes, scales, zeros, weight_format)
 
 
-def unpack_expert(experts: PackedExperts, expert_id: int, part: str) -> torch.Tensor:
+def unpack_linear(packed: PackedLinear, head: int = 0) -> Weight:
+    """[N, K]: the matrix that was packed, bit for bit."""
+    return _unpack(packed.out_features, packed.in_features, packed.format, 0, packed.data[head])
+
+
+def unpack_expert(experts: PackedExperts, expert_id: int, part: str) -> Weight:
     """gate and up [I, H], down [H, I], bit for bit as they were packed."""
     n, k, target, home = _home(experts, expert_id, part)
-    out = torch.empty(n, k, dtype=experts.dtype)
-    tag = weight_tag("unpack_expert", "experts", experts.dtype)
-    _C.unpack(home.data_ptr(), n, k, tag, target, out.data_ptr())
-    return out
+    return _unpack(n, k, experts.format, target, home)

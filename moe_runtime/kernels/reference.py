@@ -6,18 +6,28 @@ nothing of packing, threads or speed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 from moe_runtime.errors import KernelError
-from moe_runtime.kernels.packed import PackedExperts, PackedLinear, RouterSpec
+from moe_runtime.kernels.packed import PackedExperts, PackedLinear, QuantizedWeight, RouterSpec, WeightFormat
 
 # --- linear -------------------------------------------------------------------------------------------------
 
 
-def pack_linear(weight: torch.Tensor) -> PackedLinear:
-    """weight [N, K] -> itself, as "rows"."""
-    return pack_linear_heads(weight.unsqueeze(0))
+def _rows(weight: torch.Tensor | QuantizedWeight) -> torch.Tensor:
+    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+
+
+def _format(weight: torch.Tensor | QuantizedWeight) -> WeightFormat:
+    return weight.format if isinstance(weight, QuantizedWeight) else WeightFormat.of(weight.dtype)
+
+
+def pack_linear(weight: torch.Tensor | QuantizedWeight) -> PackedLinear:
+    """weight [N, K] -> itself, as "rows"; dequantised if it was quantised."""
+    return pack_linear_heads([weight])
 
 
 def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -25,10 +35,16 @@ def linear(x: torch.Tensor, packed: PackedLinear, bias: torch.Tensor | None = No
     return F.linear(x, packed.data[0].to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def pack_linear_heads(weight: torch.Tensor) -> PackedLinear:
-    """weight [heads, N, K] -> itself, as "rows"."""
-    heads, out_features, in_features = weight.shape
-    return PackedLinear(weight.contiguous(), heads, out_features, in_features, weight.dtype, "rows")
+def pack_linear_heads(weights: torch.Tensor | Sequence[torch.Tensor | QuantizedWeight]) -> PackedLinear:
+    """weights [heads, N, K], or one [N, K] per head -> [heads, N, K], as "rows"."""
+    if isinstance(weights, torch.Tensor):
+        data, weight_format = weights.contiguous(), WeightFormat.of(weights.dtype)
+    else:
+        first = _rows(weights[0])
+        data = first.unsqueeze(0) if len(weights) == 1 else torch.stack([_rows(weight) for weight in weights])
+        weight_format = _format(weights[0])
+    heads, out_features, in_features = data.shape
+    return PackedLinear(data.contiguous(), heads, out_features, in_features, weight_format, "rows")
 
 
 def linear_heads(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
@@ -39,26 +55,32 @@ def linear_heads(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
 # --- experts ------------------------------------------------------------------------------------------------
 
 
-def new_experts(num_experts: int, hidden: int, intermediate: int, dtype: torch.dtype) -> PackedExperts:
+def new_experts(
+    num_experts: int, hidden: int, intermediate: int, weight_format: torch.dtype | WeightFormat
+) -> PackedExperts:
     """Zeroed home for E experts of [I, H], [I, H], [H, I]."""
+    weight_format = WeightFormat.of(weight_format)
+    dtype = weight_format.dtype
     gate_up = torch.zeros(num_experts, 2, intermediate, hidden, dtype=dtype)
     down = torch.zeros(num_experts, hidden, intermediate, dtype=dtype)
-    return PackedExperts(gate_up, down, num_experts, hidden, intermediate, dtype, "rows")
+    return PackedExperts(gate_up, down, num_experts, hidden, intermediate, weight_format, "rows")
 
 
-def pack_expert(experts: PackedExperts, expert_id: int, part: str, weight: torch.Tensor) -> None:
+def pack_expert(
+    experts: PackedExperts, expert_id: int, part: str, weight: torch.Tensor | QuantizedWeight
+) -> None:
     """Writes one matrix of one expert in place; gate and up are [I, H], down is [H, I]."""
     if not 0 <= expert_id < experts.num_experts:
         raise KernelError(f"pack_expert: expert_id = {expert_id}, expected 0 <= id < {experts.num_experts}")
     if part not in ("gate", "up", "down"):
         raise KernelError(f"pack_expert: part = {part!r}, expected 'gate', 'up' or 'down'")
     home = experts.down[expert_id] if part == "down" else experts.gate_up[expert_id, int(part == "up")]
-    if weight.shape != home.shape or weight.dtype != home.dtype:
+    if weight.shape != home.shape or _format(weight) != experts.format:
         raise KernelError(
-            f"pack_expert: {part} is {weight.dtype} {list(weight.shape)}, "
-            f"expected {home.dtype} {list(home.shape)}"
+            f"pack_expert: {part} is {_format(weight)} {list(weight.shape)}, "
+            f"expected {experts.format} {list(home.shape)}"
         )
-    home.copy_(weight)
+    home.copy_(_rows(weight))
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from moe_runtime.kernels import Kernels, PackedExperts, RouterSpec
+from moe_runtime.kernels import Kernels, PackedExperts, RouterSpec, WeightFormat
 from moe_runtime.layers.linear import Linear, Rows
 from moe_runtime.layers.slots import Slot
 from moe_runtime.model_config import MoeConfig
@@ -48,7 +48,7 @@ class ExpertWeights:
 
     def _write(self, expert_id: int, part: str, weight: torch.Tensor) -> None:
         if not self._allocated:
-            self.packed = self._kernels.new_experts(*self._shape, weight.dtype)
+            self.packed = self._kernels.new_experts(*self._shape, WeightFormat.of(weight.dtype))
             self._allocated = True
         self._kernels.pack_expert(self.packed, expert_id, part, weight)
 

@@ -72,12 +72,14 @@ def moe_truth_and_bound(
         down_weight = rows.down[expert_id].double()
         chosen = x[tokens]
         gate, up = chosen @ gate_weight.T, chosen @ up_weight.T
-        gate_error = 1.1 * dot_bound(chosen, gate_weight, isa, rows.dtype)
-        up_error = dot_bound(chosen, up_weight, isa, rows.dtype)
+        gate_error = 1.1 * dot_bound(chosen, gate_weight, isa, rows.format.dtype)
+        up_error = dot_bound(chosen, up_weight, isa, rows.format.dtype)
         activated = torch.nn.functional.silu(gate)
         h = activated * up
         h_error = gate_error * (up.abs() + up_error) + activated.abs() * up_error + 16 * EPS * h.abs()
-        error = h_error @ down_weight.abs().T + dot_bound(h.abs() + h_error, down_weight, isa, rows.dtype)
+        error = h_error @ down_weight.abs().T + dot_bound(
+            h.abs() + h_error, down_weight, isa, rows.format.dtype
+        )
         scale = weights[tokens, slots].double().abs().unsqueeze(1)
         bound.index_add_(0, tokens, scale * (error + 16 * EPS * (h @ down_weight.T).abs()))
     return truth, bound + SUBNORMAL + ids.shape[1] * EPS * truth.abs()

@@ -119,5 +119,5 @@ def test_wrong_tensors_are_named_in_the_error() -> None:
         cpu.linear(torch.zeros(2, 8), packed, torch.zeros(5))
     with pytest.raises(KernelError, match=r"contiguous"):
         cpu.linear(torch.zeros(8, 2).T, packed)
-    with pytest.raises(KernelError, match=r"weight is torch.int8"):
+    with pytest.raises(KernelError, match=r"weights of torch.int8"):
         packing.pack_linear(torch.zeros(4, 8, dtype=torch.int8))
