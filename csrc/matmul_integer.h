@@ -5,7 +5,7 @@
 // AVX-512 give the same bits. K blocks and row tiles serve the caches, as in matmul_kernels.h.
 
 #ifdef __AVX512F__
-static constexpr int kIntegerTile = 3, kIntegerPanels = 2;  // 3 rows x 4 vectors: 12 int32 and 12 float sums
+static constexpr int kIntegerTile = 6, kIntegerPanels = 2;
 #else
 static constexpr int kIntegerTile = 2, kIntegerPanels = 1;
 #endif
@@ -73,6 +73,9 @@ static void integer_rows(const IntegerTile& t, int64_t rows) {
     case 2: return multiply_integer<F, PLANES, 2, P>(t);
 #ifdef __AVX512F__
     case 3: return multiply_integer<F, PLANES, 3, P>(t);
+    case 4: return multiply_integer<F, PLANES, PLANES == 2 ? 3 : 4, P>(t);
+    case 5: return multiply_integer<F, PLANES, PLANES == 2 ? 3 : 5, P>(t);
+    case 6: return multiply_integer<F, PLANES, PLANES == 2 ? 3 : 6, P>(t);
 #endif
   }
 }
@@ -90,7 +93,7 @@ static void integer_chunk(const MatmulArgs& a, int64_t first_row, int64_t num_ro
   t.header = header_bytes(a.k, a.format);
   t.zeros = zeros_offset(a.k, a.format);
   t.group_shift = format_group(a.format) == 128 ? 1 : 0;
-  const int64_t tile_rows = planes == 2 ? kIntegerTile - 1 : kIntegerTile;
+  const int64_t tile_rows = planes == 2 ? kIntegerTile / 2 : kIntegerTile;
   const int64_t tiles = (num_rows + tile_rows - 1) / tile_rows, blocks = round_up(a.k, kRowBlock) / kRowBlock;
   const int64_t at_once = tiles > 1 ? kIntegerBlockBytes / (P * F::kBlockBytes) : blocks;
   t.num_lines = (P * F::kBlockBytes / 64 + tiles - 1) / tiles;

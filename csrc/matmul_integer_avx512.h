@@ -1,15 +1,16 @@
 // One tile of matmul_integer.h with VPDPBUSD: unsigned weights, four signed activations broadcast to all columns.
+// Registers: 6 rows (or 3 of two planes) x 4 vectors of integers; the float sums stay in L1, touched once per span.
+
+// In asm, because gcc 12 copies the accumulators of the intrinsic through memory in every turn of the loop.
+static inline void dot(__m512i& sum, __m512i weights, const int32_t* activations) {
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(weights), "m"(*activations));
+}
 
 template <class F, int PLANES, int R, int P>
 static void multiply_integer(const IntegerTile& t) {
   constexpr int N = 2 * P, kHalves = F::kKind == kInt4 ? 2 : 1;
   const __m512i nibble = _mm512_set1_epi8(15);
-  Vec sum[R][N];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sum[r][n] = t.first_block ? v_load(t.sums + (r * N + n) * 16) : v_zero();
-  }
+  if (!t.first_block) __builtin_memset(t.sums, 0, R * N * 64);
   const char* panels[P];
   for (int p = 0; p < P; ++p) panels[p] = t.panels + p * t.panel_stride;
 
@@ -50,9 +51,9 @@ static void multiply_integer(const IntegerTile& t) {
           for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
             for (int plane = 0; plane < PLANES; ++plane) {
-              const __m512i a = _mm512_set1_epi32(load_four(t.rows[r] + plane * t.low + k));
+              const int32_t* a = (const int32_t*)(t.rows[r] + plane * t.low + k);
 #pragma GCC unroll 8
-              for (int n = 0; n < N; ++n) acc[r][plane][n] = _mm512_dpbusd_epi32(acc[r][plane][n], w[n], a);
+              for (int n = 0; n < N; ++n) dot(acc[r][plane][n], w[n], a);
             }
           }
         }
@@ -72,14 +73,10 @@ static void multiply_integer(const IntegerTile& t) {
           __m512i total = acc[r][0][n];
           if (PLANES == 2) total = _mm512_add_epi32(_mm512_slli_epi32(total, 7), acc[r][1][n]);
           const Vec factor = F::kKind == kInt8 ? own : v_mul(scale[n], own);
-          sum[r][n] = v_fma(_mm512_cvtepi32_ps(total), factor, sum[r][n]);
+          float* home = t.sums + (r * N + n) * 16;
+          v_store(home, v_fma(_mm512_cvtepi32_ps(total), factor, v_load(home)));
         }
       }
     }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) v_store(t.sums + (r * N + n) * 16, sum[r][n]);
   }
 }
