@@ -5,6 +5,7 @@
 
 #include "cpu_features.h"
 #include "errors.h"
+#include "machine_limits.h"
 #include "ops.h"
 #include "thread_pool.h"
 
@@ -44,6 +45,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("set_num_threads", &set_num_threads);
   m.def("num_threads", &num_threads);
+
+  // For bench/: what the machine can do at best.
+  m.def("read_bandwidth", [](Address data, int64_t size, int64_t passes) {
+    return read_bandwidth(bytes(data), size, passes);
+  }, no_gil);
+  m.def("matrix_peak", &matrix_peak, no_gil);
+  m.def("matrix_peak_name", &matrix_peak_name);
 
   m.def("packed_bytes", &packed_bytes);                  // n, k, format
   m.def("packed_gate_up_bytes", &packed_gate_up_bytes);  // intermediate, hidden, format

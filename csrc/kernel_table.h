@@ -46,6 +46,13 @@ struct AttentionPart {
   float* out;                             // [16, value_dim]
 };
 
+// A loop of the arithmetic that some kernel is made of, registers only: peak_kernels.h.
+struct Peak {
+  const char* name;     // of its instructions
+  int64_t operations;   // per round; a multiply-add is two
+  void (*run)(int64_t rounds);
+};
+
 struct KernelTable {
   const char* name;
   // By kind of weight. The row type it is multiplied with: of a layer's input, and of the hidden row between gate/up
@@ -66,6 +73,8 @@ struct KernelTable {
   void (*attention_merge)(float* max, float* sum, float* out, const float* part_max, const float* part_sum,
                           const float* part_out, int64_t dim);
   void (*attention_finish)(const float* sum, const float* in, float* out, int64_t dim);
+  Peak peak[kNumKinds];  // of matmul[kind]
+  void (*read_memory)(const char* data, int64_t bytes);
 };
 
 // One function per ISA object file, which fills its table; the only symbols those files export.

@@ -11,6 +11,7 @@ namespace {
 #include "matmul_kernels.h"
 #include "matmul_integer.h"
 #include "attention_kernels.h"
+#include "peak_kernels.h"
 
 }  // namespace
 
@@ -31,5 +32,7 @@ extern "C" __attribute__((visibility("hidden"))) void moe_kernels_avx512(KernelT
       attention_part,
       attention_merge,
       attention_finish,
+      {MOE_PEAK_FMA, MOE_PEAK_FMA, MOE_PEAK_FMA, MOE_PEAK_INT8, MOE_PEAK_INT4},
+      read_memory,
   };
 }

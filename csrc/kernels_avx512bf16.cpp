@@ -9,6 +9,7 @@ namespace {
 #include "simd_avx512.h"
 #include "row_kernels.h"
 #include "matmul_kernels.h"
+#include "peak_kernels.h"
 
 struct WeightsBF16Dot {
   static constexpr int kSteps = 1, kLineBytes = kLanes * 4, kRow = kRowBFloat16;
@@ -30,4 +31,5 @@ extern "C" __attribute__((visibility("hidden"))) void moe_kernels_avx512bf16(Ker
   table->input_rows[kBFloat16] = table->hidden_rows[kBFloat16] = kRowBFloat16;
   table->matmul[kBFloat16] = matmul<WeightsBF16Dot, false>;
   table->gate_up[kBFloat16] = matmul<WeightsBF16Dot, true>;
+  table->peak[kBFloat16] = MOE_PEAK_BF16;
 }
