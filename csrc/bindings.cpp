@@ -2,8 +2,10 @@
 // every tensor before its address comes here; the GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include "cpu_features.h"
+#include "cpu_quota.h"
 #include "errors.h"
 #include "machine_limits.h"
 #include "ops.h"
@@ -24,6 +26,25 @@ void raise_as(const char* name, const std::exception& error) {
   PyErr_SetString(py::module_::import("moe_runtime.errors").attr(name).ptr(), error.what());
 }
 
+// Lets other Python threads run meanwhile. As py::gil_scoped_release, but for this: a daemon thread that comes back
+// from a kernel while the interpreter shuts down is told to end by an unwinding that Python starts in
+// PyEval_RestoreThread, and unwinding through C++ would abort the process. Such a thread sleeps until the process ends.
+class NoGil {
+ public:
+  NoGil() : state_(PyEval_SaveThread()) {}
+  NoGil(const NoGil&) = delete;
+  ~NoGil() noexcept(false) {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {
+      for (;;) pause();
+    }
+  }
+
+ private:
+  PyThreadState* state_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -37,7 +58,7 @@ PYBIND11_MODULE(_C, m) {
       raise_as("KernelError", e);
     }
   });
-  const py::call_guard<py::gil_scoped_release> no_gil;
+  const py::call_guard<NoGil> no_gil;
 
   m.attr("LAYOUT_VERSION") = MOE_LAYOUT_VERSION;
   m.def("supported_isas", &supported_isas);
@@ -45,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("set_num_threads", &set_num_threads);
   m.def("num_threads", &num_threads);
+  m.def("cgroup_cpus", &cgroup_cpus);  // file like /proc/self/cgroup, folder like /sys/fs/cgroup
 
   // For bench/: what the machine can do at best.
   m.def("read_bandwidth", [](Address data, int64_t size, int64_t passes) {

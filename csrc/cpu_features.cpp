@@ -2,6 +2,7 @@
 
 #include <cpuid.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <iterator>
@@ -92,17 +93,18 @@ void select_isa(const std::string& name) {
       origin = "MOE_FORCE_ISA";
     }
   }
-  bool known = wanted.empty();
+  std::vector<std::string> known;
   for (const Isa& isa : kIsas) {
-    known = known || wanted == isa.name;
+    known.push_back(isa.name);
     if ((wanted.empty() || wanted == isa.name) && isa.supported()) {
       selected.store(table_of(isa), std::memory_order_release);
       return;
     }
   }
-  if (!known) throw IsaMissing(origin + "=" + wanted + ": unknown, expected avx2, avx512 or avx512bf16");
   if (wanted.empty()) throw IsaMissing("the cpu backend needs AVX2, FMA and F16C; use --backend reference");
-  throw IsaMissing(origin + "=" + wanted + ": this machine cannot run it, it has: " + join(supported_isas()));
+  const bool lacking = std::find(known.begin(), known.end(), wanted) != known.end();
+  const std::string reason = lacking ? "this machine cannot run it" : "unknown, expected one of " + join(known);
+  throw IsaMissing(origin + "=" + wanted + ": " + reason + "; this machine has: " + join(supported_isas()));
 }
 
 const KernelTable& kernels() {

@@ -3,24 +3,28 @@
 #include <immintrin.h>
 #include <pthread.h>
 #include <sched.h>
-#include <unistd.h>
+#include <signal.h>
 
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
-#include <fstream>
 #include <mutex>
-#include <sstream>
 #include <string>
+#include <system_error>
 #include <thread>
-#include <vector>
+
+#include "cpu_quota.h"
+#include "errors.h"
 
 namespace {
 
 // Long enough to bridge the Python between two kernels of a decode step, short enough not to starve the server thread.
 constexpr auto kSpin = std::chrono::microseconds(50);
 constexpr int kMaxThreads = 256;
+
+// What num_threads() told this thread since its last call of run(); 0 for nothing.
+thread_local int promised = 0;
 
 template <class Condition>
 void spin_until(Condition ready) {
@@ -30,51 +34,22 @@ void spin_until(Condition ready) {
   }
 }
 
-// CPUs' worth of time the cgroup allows, or 0 for no limit. v2: "max 100000" or "150000 100000"; v1: two files.
-double quota_in(const std::string& folder) {
-  std::string quota;
-  double period = 0;
-  if (std::ifstream v2(folder + "/cpu.max"); v2 >> quota >> period && quota != "max" && period > 0) {
-    return std::atof(quota.c_str()) / period;
-  }
-  double microseconds = 0;
-  std::ifstream v1_quota(folder + "/cpu.cfs_quota_us"), v1_period(folder + "/cpu.cfs_period_us");
-  if (v1_quota >> microseconds && v1_period >> period && microseconds > 0 && period > 0) return microseconds / period;
-  return 0;
-}
-
-// The tightest limit on the way from this process's group to the root of each hierarchy that governs cpu time.
-double cgroup_limit() {
-  double limit = 0;
-  std::ifstream groups("/proc/self/cgroup");
-  for (std::string line; std::getline(groups, line);) {
-    std::istringstream fields(line);
-    std::string id, controllers, path;
-    std::getline(fields, id, ':');
-    std::getline(fields, controllers, ':');
-    std::getline(fields, path);
-    std::string mount;
-    if (controllers.empty()) mount = "/sys/fs/cgroup";
-    else if (("," + controllers + ",").find(",cpu,") != std::string::npos) mount = "/sys/fs/cgroup/cpu";
-    else continue;
-    for (;;) {
-      const double here = quota_in(mount + path);
-      if (here > 0) limit = limit > 0 ? std::min(limit, here) : here;
-      if (path.empty()) break;
-      path.resize(path.find_last_of('/') == std::string::npos ? 0 : path.find_last_of('/'));
-    }
-  }
-  return limit;
+[[noreturn]] void refuse(const std::string& what) {
+  throw KernelFault(what + ": expected a whole number of threads from 1 to " + std::to_string(kMaxThreads));
 }
 
 int default_threads() {
-  if (const char* text = std::getenv("MOE_NUM_THREADS"); text && std::atoi(text) > 0) {
-    return std::min(std::atoi(text), kMaxThreads);
+  if (const char* text = std::getenv("MOE_NUM_THREADS"); text && *text) {
+    char* end;
+    const long count = std::strtol(text, &end, 10);
+    if (*end || count < 1 || count > kMaxThreads) refuse(std::string("MOE_NUM_THREADS=") + text);
+    return (int)count;
   }
   cpu_set_t set;
   CPU_ZERO(&set);
   int count = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : (int)std::thread::hardware_concurrency();
-  if (const double limit = cgroup_limit(); limit > 0) count = std::min(count, (int)(limit + 0.999));
+  const double limit = cgroup_cpus("/proc/self/cgroup", "/sys/fs/cgroup");
+  if (limit > 0) count = std::min(count, (int)(limit + 0.999));
   return std::clamp(count, 1, kMaxThreads);
 }
 
@@ -88,17 +63,18 @@ class Pool {
 
   int size() const { return limit_.load(std::memory_order_relaxed); }
   void resize(int count) {
-    limit_.store(count > 0 ? std::min(count, kMaxThreads) : default_threads(), std::memory_order_relaxed);
+    if (count < 0 || count > kMaxThreads) refuse("threads = " + std::to_string(count));
+    limit_.store(count > 0 ? count : default_threads(), std::memory_order_relaxed);
   }
 
-  void run(void (*function)(void*, int), void* context) {
+  void run(WorkerFunction function, void* context, int most) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-    const int limit = size();
+    int limit = std::min(size(), most);
+    if (limit > 1 && turn.owns_lock()) limit = std::min(limit, 1 + start_threads(limit - 1));
     if (limit == 1 || !turn.owns_lock()) {
       function(context, 0);
       return;
     }
-    start_threads(limit - 1);
     function_ = function;
     context_ = context;
     limit_of_job_ = limit;
@@ -135,14 +111,27 @@ class Pool {
     started_ = 0;
   }
 
-  void start_threads(int count) {
-    for (; started_ < count; ++started_) {
-      const uint64_t seen = state_.load(std::memory_order_relaxed) >> kJobShift;
-      std::thread([this, id = started_ + 1, seen] { serve(id, seen); }).detach();
+  // How many there are, which is fewer than `count` where the system allows no more (a limit on processes).
+  int start_threads(int count) {
+    if (started_ >= count) return started_;
+    // Signals belong to the threads of the program.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+      for (; started_ < count; ++started_) {
+        const uint64_t seen = state_.load(std::memory_order_relaxed) >> kJobShift;
+        std::thread([this, id = started_ + 1, seen] { serve(id, seen); }).detach();
+      }
+    } catch (const std::system_error&) {
+      limit_.store(1 + started_, std::memory_order_relaxed);  // or every call would try again
     }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return started_;
   }
 
   void serve(int id, uint64_t seen) {
+    pthread_setname_np(pthread_self(), "moe-worker");
     for (;;) {
       const uint64_t state = wait_for_job_after(seen);
       seen = state >> kJobShift;
@@ -182,7 +171,7 @@ class Pool {
   std::mutex turn_;  // one job at a time
   std::atomic<int> limit_{1};
   alignas(64) std::atomic<uint64_t> state_{0};
-  void (*function_)(void*, int) = nullptr;
+  WorkerFunction function_ = nullptr;
   void* context_ = nullptr;
   int limit_of_job_ = 1;
   int started_ = 0;
@@ -198,5 +187,9 @@ void Stage::wait() const {
 }
 
 void set_num_threads(int count) { Pool::instance().resize(count); }
-int num_threads() { return Pool::instance().size(); }
-void run_workers(void (*function)(void*, int), void* context) { Pool::instance().run(function, context); }
+int num_threads() { return promised = Pool::instance().size(); }
+void run_workers(WorkerFunction function, void* context) {
+  const int most = promised > 0 ? promised : kMaxThreads;
+  promised = 0;
+  Pool::instance().run(function, context, most);
+}

@@ -28,14 +28,18 @@ class Stage {
 };
 
 // Threads that a call of run() may use, itself included. 0 restores the default: MOE_NUM_THREADS, else what the
-// affinity mask and the cgroup quota allow.
+// affinity mask and the cgroup quota allow. Throws KernelFault for a number, or a MOE_NUM_THREADS, that is none.
 void set_num_threads(int count);
+// Whoever sizes memory per worker asks here first: the same thread's next run() uses no more workers than this, even
+// if another thread raises the count in between.
 int num_threads();
 
 // Calls function(context, worker) on the caller (worker 0) and on idle pool threads, and returns when all have left.
-// function must take its work from Stages. If the pool is busy with another Python thread's call, or in a child after
-// fork(), the caller does everything itself: slower, same bits.
-void run_workers(void (*function)(void*, int), void* context);
+// function must take its work from Stages. If the pool is busy with another Python thread's call, the caller does
+// everything itself: slower, same bits. A child after fork() has a pool of its own. Nothing may be thrown where others
+// wait for the task: inputs are checked before, and what is thrown all the same ends the process.
+typedef void (*WorkerFunction)(void* context, int worker) noexcept;
+void run_workers(WorkerFunction function, void* context);
 
 template <class F>
 void run(bool parallel, F&& body) {
@@ -43,5 +47,5 @@ void run(bool parallel, F&& body) {
     body(0);
     return;
   }
-  run_workers([](void* context, int worker) { (*static_cast<F*>(context))(worker); }, &body);
+  run_workers([](void* context, int worker) noexcept { (*static_cast<F*>(context))(worker); }, &body);
 }

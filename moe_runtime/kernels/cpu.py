@@ -16,17 +16,22 @@ _FLOAT, _INT = torch.float32, torch.int32
 
 
 def available() -> bool:
-    """Whether this machine can run these kernels; IsaUnavailable if MOE_FORCE_ISA asks for what it lacks."""
+    """Whether this machine can run these kernels.
+
+    Raises IsaUnavailable if MOE_FORCE_ISA asks for what it lacks, KernelError for a wrong MOE_NUM_THREADS.
+    """
     if not _C.supported_isas():
         return False
     _C.isa()
+    _C.num_threads()
     return True
 
 
 def set_num_threads(count: int) -> None:
     """How many threads a kernel may use; 0 is MOE_NUM_THREADS, else what affinity and cgroup quota allow.
 
-    The pool is one per process, as the cores are. No result depends on it.
+    The pool is one per process, as the cores are. No result depends on it. Raises KernelError for a negative
+    count and above 256.
     """
     _C.set_num_threads(count)
 
