@@ -18,8 +18,9 @@ float from_half(uint16_t half) {
   return half & 0x8000 ? -value : value;
 }
 
-// Of a value in [0, 1]; truncates what does not fit.
+// Of a value in [-1, 1]; truncates what does not fit.
 uint16_t to_half(float value) {
+  if (value < 0) return 0x8000 | to_half(-value);
   if (!(value > 0)) return 0;
   int exponent;
   const float fraction = std::frexp(value, &exponent);  // value = fraction * 2^exponent, fraction in [0.5, 1)
@@ -53,7 +54,8 @@ bool pack_scales(const float* scales, const uint8_t* zeros, const Matrix& m, int
   float column_scale = 1;
   if (real && format_kind(m.format) == kInt8) column_scale = own[0];
   if (real && format_kind(m.format) == kInt4) {
-    const float largest = *std::max_element(own, own + m.groups);
+    float largest = 0;  // scales may be negative: so a group's largest weight can have the code 0, 8 steps from 8
+    for (int64_t g = 0; g < m.groups; ++g) largest = std::max(largest, std::fabs(own[g]));
     int exponent = 0;
     if (largest > 0) std::frexp(largest, &exponent);
     column_scale = std::ldexp(1.0f, std::clamp(exponent, -126, 127));

@@ -107,6 +107,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType({
     "F16": torch.float16,
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
+    "I32": torch.int32,
 })  # fmt: skip
 ITEM_BYTES: Mapping[str, int] = MappingProxyType({
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2,

@@ -17,6 +17,7 @@ from moe_runtime.errors import ContextLengthExceeded, RequestError, RequestFaile
 from moe_runtime.generation import Generation, Sampled, rows_of
 from moe_runtime.kv_cache import BlockPool
 from moe_runtime.output import Completion, EngineStats, TokenEvent, TokenLogprob, TopLogprob
+from moe_runtime.quant.recipe import Recipe
 from moe_runtime.sampling import Logits, SamplingParams, draw_seed
 from moe_runtime.scheduler import Chunk, Scheduler, Step
 from moe_runtime.sequence import Sequence as QueuedSequence
@@ -79,7 +80,7 @@ class Engine:
         if config.threads is not None:
             kernels.set_num_threads(config.threads)
             torch.set_num_threads(config.threads)
-        model = loader.load_model(model_dir, kernels.choose(config.backend))
+        model = loader.load_model(model_dir, kernels.choose(config.backend), Recipe.of(config))
         return cls(model, tokenizer, config, chat=chat, params=params)
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:

@@ -168,9 +168,13 @@ class Fields:
             raise self.error(key, f"expected an object, got {_show(value)}")
         return Fields(value, self._file, f"{self._path}{key}.")
 
-    def expect(self, key: str, value: object, reason: str) -> None:
-        """Refuse the file when ``key`` is there with anything but ``value`` (or null)."""
-        _, found = self._take(key)
+    def skip(self, *keys: str) -> None:
+        """Leave keys aside whose value, whatever it is, cannot matter here."""
+        self._read.update(keys)
+
+    def expect(self, keys: str, value: object, reason: str) -> None:
+        """Refuse the file when ``keys`` is there with anything but ``value`` (or null)."""
+        key, found = self._take(keys)
         if found is not None and (type(found) is not type(value) or found != value):
             raise self.error(key, f"{_show(found)} is not supported: {reason}")
 

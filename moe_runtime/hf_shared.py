@@ -7,6 +7,7 @@ dtype.
 from typing import Literal, cast
 
 from moe_runtime.hf_config import Fields
+from moe_runtime.hf_quantization import read_quantization
 from moe_runtime.model_config import (
     MAX_CONTEXT,
     MAX_DIMENSION,
@@ -15,7 +16,6 @@ from moe_runtime.model_config import (
     MAX_TOP_K,
     MAX_VOCABULARY,
     AttentionConfig,
-    Fp8Config,
     LatentAttentionConfig,
     ModelConfig,
     MoeConfig,
@@ -58,6 +58,7 @@ def read_model(
     fields.expect("is_encoder_decoder", False, "only decoders are served")
     fields.expect("add_cross_attention", False, "only decoders are served")
     dtype = fields.choice("dtype|torch_dtype", ("bfloat16", "float16", "float32"))
+    fp8, int4 = read_quantization(fields)
     config = ModelConfig(
         model_type=model_type,
         vocab_size=vocab_size,
@@ -72,7 +73,8 @@ def read_model(
         moe=moe,
         moe_layers=moe_layers,
         dtype=cast(Literal["bfloat16", "float16", "float32"], dtype),
-        fp8=read_fp8(fields),
+        fp8=fp8,
+        int4=int4,
         num_extra_layers=num_extra_layers,
         bos_token_id=fields.optional_integer("bos_token_id", 0, vocab_size - 1),
         eos_token_ids=fields.integers("eos_token_id", 0, vocab_size - 1),
@@ -210,21 +212,3 @@ def read_groups(fields: Fields, default: int | None = None) -> tuple[int, int]:
     """(number of groups, groups that stay in the race)."""
     num_groups = fields.integer("n_group", 1, MAX_EXPERTS, default)
     return num_groups, fields.integer("topk_group", 1, MAX_EXPERTS, default)
-
-
-def read_fp8(fields: Fields) -> Fp8Config | None:
-    """``quantization_config`` as DeepSeek and Qwen publish it: e4m3 weights, one scale per block."""
-    section = fields.section("quantization_config")
-    if section is None:
-        return None
-    section.choice("quant_method", ("fp8",))
-    section.choice("fmt", ("e4m3",), "e4m3")
-    section.choice("scale_fmt", ("ue8m0", "float"), "float")
-    section.choice("activation_scheme", ("dynamic",), "dynamic")  # activations stay float32 here
-    section.strings("modules_to_not_convert")  # their tensors are simply not float8
-    section.flag("dequantize", False)
-    block = section.integers("weight_block_size", 1, 65536)
-    if len(block) != 2:
-        raise section.error("weight_block_size", "expected two block sizes: only block-wise scales are read")
-    section.finish()
-    return Fp8Config(*block)

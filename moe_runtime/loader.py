@@ -4,38 +4,45 @@ All that can be wrong with a checkpoint is found here and raised as CheckpointEr
 Peak memory is the weights plus the largest single matrix.
 """
 
-import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from moe_runtime.checkpoint import DTYPES, Checkpoint, TensorEntry
+from moe_runtime.checkpoint import Checkpoint, TensorEntry
 from moe_runtime.errors import CheckpointError
 from moe_runtime.hf_config import Fields, read_json
 from moe_runtime.kernels import Kernels
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.layers.slots import Slot
-from moe_runtime.model_config import Fp8Config, ModelConfig
+from moe_runtime.model_config import ModelConfig
 from moe_runtime.models import Architecture, find_architecture
+from moe_runtime.quant.fp8 import SCALE_SUFFIX, Fp8Weight
+from moe_runtime.quant.int4 import Int4Weight, find_int4
+from moe_runtime.quant.plain import PlainWeight, refuse
+from moe_runtime.quant.recipe import Recipe
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-CHECK_ELEMENTS = 1 << 22  # elements looked at together when searching for NaN
-FP8_ROWS_PER_STEP = 8  # block rows widened together
+FP8 = "F8_E4M3"
+
+StoredWeight = PlainWeight | Fp8Weight | Int4Weight
 
 
-def load_model(model_dir: Path, kernels: Kernels) -> Decoder:
-    """The model in ``model_dir``, ready for ``forward``. Raises CheckpointError naming file and tensor."""
+def load_model(model_dir: Path, kernels: Kernels, recipe: Recipe = Recipe()) -> Decoder:  # noqa: B008 (frozen)
+    """The model in ``model_dir``, ready for ``forward``, in the formats of ``recipe``.
+
+    Raises CheckpointError naming file and tensor.
+    """
     require_model_folder(model_dir)
     checkpoint = Checkpoint(model_dir)
     architecture, config = read_model_config(model_dir, checkpoint.common_dtype())
     model = architecture.build(config, kernels)
-    weight_bytes = fill(model, checkpoint)
+    weight_bytes = fill(model, checkpoint, recipe)
     model.config = replace(config, weight_bytes=weight_bytes)
     return model
 
@@ -82,120 +89,52 @@ def _check_auto_map(auto_map: object, published: frozenset[str], file: str = CON
             )
 
 
-def fill(model: Decoder, checkpoint: Checkpoint) -> int:
+def fill(model: Decoder, checkpoint: Checkpoint, recipe: Recipe) -> int:
     """Write every tensor of the checkpoint into the slot that wants it; the weights' size in bytes.
 
     All names, shapes and dtypes are compared before the first byte of weights is read.
     """
-    slots = {slot.name: slot for slot in _matched(model, checkpoint)}
-    scales = {entry.name for entry in checkpoint.entries.values() if _scale_of(entry.name) in slots}
+    dtype: torch.dtype = getattr(torch, model.config.dtype)
+    stored = [_find(slot, checkpoint, model.config, dtype) for slot in model.slots()]
+    wanted = {entry.name for weight in stored for entry in weight.entries}
     for name, entry in checkpoint.entries.items():
-        if name in slots:
-            _check_entry(slots[name], entry, checkpoint, model.config)
-        elif name in scales:
-            _check_scale(entry, checkpoint.entries[_scale_of(name)], model.config.fp8)
-        elif not model.ignores(name):
-            hint = _expert_hint(name, model.config)
-            raise CheckpointError(
-                f"no part of a {model.config.model_type} model{hint}", file=entry.path.name, tensor=name
-            )
+        if name not in wanted and not model.ignores(name):
+            _refuse_leftover(entry, wanted, model.config)
+    for weight in stored:
+        weight.check()
     weight_bytes = 0
     # In the model's order, so that tensors stacked into one matrix come together, whatever file they are in.
-    for slot in slots.values():
-        entry = checkpoint.entries[slot.name]
-        weight = _read(entry, checkpoint, model.config)
-        slot.write(weight)
-        weight_bytes += weight.numel() * weight.element_size()
-        del weight
-        checkpoint.drop(entry)
+    for weight in stored:
+        weight_bytes += recipe.deliver(weight.slot, weight.read(checkpoint), dtype)
+        for entry in weight.entries:
+            checkpoint.drop(entry)
     return weight_bytes
 
 
-def _matched(model: Decoder, checkpoint: Checkpoint) -> Iterator[Slot]:
-    """The model's slots, as long as the checkpoint has a tensor for each: a config that claims a billion
-    layers fails at the first one missing.
+def _find(slot: Slot, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> StoredWeight:
+    """The slot's weight in the form the checkpoint holds it. As the first one missing is an error, a config
+    that claims a billion layers costs nothing.
     """
-    for slot in model.slots():
-        if slot.name not in checkpoint.entries:
-            hint = _expert_hint(slot.name, model.config)
-            raise CheckpointError(f"missing from the checkpoint{hint}", tensor=slot.name)
-        yield slot
+    if config.int4 is not None:
+        int4 = find_int4(slot, checkpoint, config.int4)
+        if int4 is not None:
+            return int4
+    entry = checkpoint.entries.get(slot.name)
+    if entry is None:
+        hint = _expert_hint(slot.name, config)
+        raise CheckpointError(f"missing from the checkpoint{hint}", tensor=slot.name)
+    if config.fp8 is not None and entry.dtype == FP8 and len(slot.shape) == 2:
+        scale = checkpoint.entries.get(f"{slot.name}{SCALE_SUFFIX}")
+        return Fp8Weight(slot, entry, scale, config.fp8, dtype)
+    return PlainWeight(slot, entry, dtype)
+
+
+def _refuse_leftover(entry: TensorEntry, wanted: Collection[str], config: ModelConfig) -> None:
+    if entry.name.removesuffix(SCALE_SUFFIX) in wanted:
+        raise refuse(entry, "scales for a tensor that is not float8")
+    raise refuse(entry, f"no part of a {config.model_type} model{_expert_hint(entry.name, config)}")
 
 
 def _expert_hint(name: str, config: ModelConfig) -> str:
     match = re.search(r"\.experts\.(\d+)\.", name)
     return f" (config.json says {config.moe.num_experts} experts per layer)" if match else ""
-
-
-def _scale_of(name: str) -> str:
-    """The weight whose block scales ``name`` holds, or something that is no tensor's name."""
-    return name.removesuffix("_scale_inv") if name.endswith(".weight_scale_inv") else ""
-
-
-def _check_entry(slot: Slot, entry: TensorEntry, checkpoint: Checkpoint, config: ModelConfig) -> None:
-    where = {"file": entry.path.name, "tensor": entry.name}
-    if entry.shape != slot.shape:
-        raise CheckpointError(f"shape {list(entry.shape)}, config.json makes it {list(slot.shape)}", **where)
-    dtype = DTYPES.get(entry.dtype)
-    if dtype is torch.float8_e4m3fn and config.fp8 is not None and len(slot.shape) == 2:
-        if f"{entry.name}_scale_inv" not in checkpoint.entries:
-            raise CheckpointError(f"float8 without its scales {entry.name}_scale_inv", **where)
-        return
-    if dtype is None or dtype is torch.float8_e4m3fn:
-        raise CheckpointError(f"dtype {entry.dtype} is not one this model's config allows here", **where)
-    if not slot.any_float and dtype is not getattr(torch, config.dtype):
-        raise CheckpointError(f"dtype {entry.dtype}, but config.json says {config.dtype}", **where)
-
-
-def _check_scale(entry: TensorEntry, weight: TensorEntry, fp8: Fp8Config | None) -> None:
-    where = {"file": entry.path.name, "tensor": entry.name}
-    if fp8 is None or weight.dtype != "F8_E4M3" or len(weight.shape) != 2:
-        raise CheckpointError("scales for a tensor that is not float8", **where)
-    rows, columns = weight.shape
-    shape = (-(-rows // fp8.block_rows), -(-columns // fp8.block_columns))
-    if entry.shape != shape or entry.dtype not in ("F32", "BF16"):
-        raise CheckpointError(
-            f"{entry.dtype} {list(entry.shape)}, expected F32 or BF16 {list(shape)}", **where
-        )
-
-
-def _read(entry: TensorEntry, checkpoint: Checkpoint, config: ModelConfig) -> torch.Tensor:
-    """The tensor, all finite: a view of the file, or the widened copy of a float8 one."""
-    tensor = checkpoint.read(entry)
-    _check_finite(tensor, entry)
-    if config.fp8 is None or tensor.dtype is not torch.float8_e4m3fn:
-        return tensor
-    scale_entry = checkpoint.entries[f"{entry.name}_scale_inv"]
-    scale = checkpoint.read(scale_entry)
-    _check_finite(scale, scale_entry)
-    wide = widen_fp8(tensor, scale, config.fp8, getattr(torch, config.dtype))
-    _check_finite(wide, entry)  # a finite scale may still carry it beyond the wider type
-    return wide
-
-
-def widen_fp8(weight: torch.Tensor, scale: torch.Tensor, fp8: Fp8Config, dtype: torch.dtype) -> torch.Tensor:
-    """float8 [N, K] times its block's scale, computed in float32, rounded once to ``dtype``."""
-    wide = torch.empty(weight.shape, dtype=dtype)
-    columns = scale.float().repeat_interleave(fp8.block_columns, dim=1)[:, : weight.shape[1]]
-    step = fp8.block_rows * FP8_ROWS_PER_STEP
-    for start in range(0, len(weight), step):
-        rows = weight[start : start + step].float()
-        blocks = columns[start // fp8.block_rows :].repeat_interleave(fp8.block_rows, dim=0)
-        wide[start : start + step] = rows.mul_(blocks[: len(rows)])
-    return wide
-
-
-def _check_finite(tensor: torch.Tensor, entry: TensorEntry) -> None:
-    flat = tensor.view(-1)
-    for start in range(0, len(flat), CHECK_ELEMENTS):
-        part = flat[start : start + CHECK_ELEMENTS]
-        if part.dtype is torch.float8_e4m3fn:
-            bad = bool((part.view(torch.uint8) & 0x7F == 0x7F).any())  # e4m3fn has NaN but no infinity
-        else:
-            # The extremes of a part with NaN are NaN, of one with infinity infinite.
-            low, high = part.aminmax()
-            bad = not (math.isfinite(low) and math.isfinite(high))
-        if bad:
-            index = next(i for i, value in enumerate(part.float().tolist(), start) if value - value != 0)
-            where = ", ".join(str(int(i)) for i in torch.unravel_index(torch.tensor(index), tensor.shape))
-            raise CheckpointError(f"NaN or infinity at [{where}]", file=entry.path.name, tensor=entry.name)

@@ -100,11 +100,26 @@ class Fp8Config:
 
 
 @dataclass(frozen=True)
+class Int4Config:
+    """4-bit weights as AWQ or GPTQ publish them: weight[n, k] = scale[n, k // group] * (code[n, k] - zero).
+
+    ``group`` 0 is one scale per output. ``zeros``: zero points differ from 8. ``zero_offset`` is what a
+    stored zero point lacks (GPTQ's first version stores one less).
+    """
+
+    method: Literal["awq", "gptq"]
+    group: int
+    zeros: bool
+    zero_offset: int = 0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything the engine and the layers need to know about a model.
 
     ``moe_layers[i]`` says whether layer i routes; the others are dense MLPs of ``intermediate_size``.
     ``dtype`` is the weights' own: bfloat16, float16 or float32 (float8 checkpoints are widened to it).
+    ``fp8`` and ``int4`` say how the checkpoint holds its quantised matrices, if it has any.
     ``num_extra_layers`` counts layers for multi-token prediction that the checkpoint may hold after the last
     ordinary one; they are not used. ``weight_bytes`` is what the weights occupy, filled in by the loader.
     """
@@ -123,6 +138,7 @@ class ModelConfig:
     moe_layers: tuple[bool, ...]
     dtype: Literal["bfloat16", "float16", "float32"]
     fp8: Fp8Config | None = None
+    int4: Int4Config | None = None
     num_extra_layers: int = 0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -24,13 +24,17 @@ def test_every_field_is_a_flag_and_comes_back() -> None:
     config = EngineConfig(
         max_context=4096, max_batch_tokens=7, max_running=3, max_queue=2, block_size=32, cache_bytes=123,
         num_blocks=9, prefix_caching=False, backend="reference", threads=2,
+        quantize="experts=int4,lm_head=int8", quantize_group=32, quantize_zeros=True,
     )  # fmt: skip
     words = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         assert value != field.default, "the test must move every field"
         flag = field.name.replace("_", "-")
-        words += [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+        if isinstance(value, bool):
+            words += [f"--{flag}" if value else f"--no-{flag}"]
+        else:
+            words += [f"--{flag}", str(value)]
     assert parse(*words) == config
 
 
@@ -61,6 +65,13 @@ def test_what_is_not_a_size_is_refused(text: str) -> None:
         (("--block-size", "12"), "--block-size 12: must be a power of two"),
         (("--max-queue", "0"), "--max-queue 0: must be at least 1"),
         (("--cache-bytes", "0"), "--cache-bytes 0"),
+        (
+            ("--quantize", "int5"),
+            "--quantize 'int5': 'int5' is not one of none, int8, int4 for all, nor part",
+        ),
+        (("--quantize", "experts=int4,norms=int8"), "'norms=int8' is not .* a part of experts, attention"),
+        (("--quantize", "experts=int4,experts=int8"), "experts is named twice"),
+        (("--quantize-group", "16"), "--quantize-group 16: must be 32, 64 or 128"),
     ],
 )
 def test_values_out_of_range_name_the_flag(words: tuple[str, ...], message: str) -> None:

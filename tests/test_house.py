@@ -23,8 +23,8 @@ MAX_FUNCTION_LINES = 60
 # A file or folder may import only these parts of moe_runtime (longest prefix wins). Mirrors the README.
 ENGINE_PARTS = {
     "batch", "chat", "checkpoint", "cli", "config", "detokenizer", "errors", "generation", "hf", "kernels",
-    "kv_cache", "layers", "loader", "model_config", "models", "output", "sampling", "scheduler", "sequence",
-    "tokenizer",
+    "kv_cache", "layers", "loader", "model_config", "models", "output", "quant", "sampling", "scheduler",
+    "sequence", "tokenizer",
 }  # fmt: skip
 MAY_IMPORT: dict[str, set[str]] = {
     "moe_runtime/errors.py": set(),
@@ -37,6 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "moe_runtime/kernels/": {"errors", "kernels", "_C"},
     "moe_runtime/layers/": {"errors", "kernels", "layers", "batch", "model_config"},
     "moe_runtime/models/": {"errors", "hf", "kernels", "layers", "models", "model_config"},
+    "moe_runtime/quant/": {"batch", "checkpoint", "config", "errors", "kernels", "layers", "loader",
+                           "model_config", "quant", "tokenizer"},
     "moe_runtime/": ENGINE_PARTS | {"engine", "async_engine", "_C"},
     "experts/": ENGINE_PARTS - {"kernels"} | {"engine", "experts", "kernels"},
     "server/": {"async_engine", "chat", "cli", "config", "engine", "errors", "experts", "sampling", "server",

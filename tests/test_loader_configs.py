@@ -84,7 +84,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},
         r"high_freq_factor: 1 is not above",
     ),
-    "quantised otherwise": ({"quantization_config": {"quant_method": "awq"}}, r"quant_method: 'awq'"),
+    "quantised otherwise": ({"quantization_config": {"quant_method": "hqq"}}, r"quant_method: 'hqq'"),
     "float8 by tensor": ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size: .*block"),
     "float8 with static activations": (
         {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}},

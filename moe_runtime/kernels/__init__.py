@@ -19,6 +19,7 @@ from moe_runtime.kernels.packed import (
     PackedLinear,
     QuantizedWeight,
     RouterSpec,
+    Weight,
     WeightFormat,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "PackedLinear",
     "QuantizedWeight",
     "RouterSpec",
+    "Weight",
     "WeightFormat",
     "choose",
     "set_num_threads",

@@ -5,7 +5,7 @@ router's rules.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -116,6 +116,9 @@ class QuantizedWeight:
         zeros = torch.full_like(self.scales, zero) if self.zeros is None else self.zeros.float()
         wide = self.codes.float() - zeros.repeat_interleave(group, dim=1)[:, :k]
         return wide.mul_(self.scales.repeat_interleave(group, dim=1)[:, :k])
+
+
+Weight: TypeAlias = torch.Tensor | QuantizedWeight
 
 
 @dataclass(frozen=True, eq=False)

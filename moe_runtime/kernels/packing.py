@@ -8,9 +8,8 @@ import torch
 
 import moe_runtime._C as _C
 from moe_runtime.kernels.checks import check, check_codes, check_dims, check_layout, failure
-from moe_runtime.kernels.packed import PackedExperts, PackedLinear, QuantizedWeight, WeightFormat
+from moe_runtime.kernels.packed import PackedExperts, PackedLinear, QuantizedWeight, Weight, WeightFormat
 
-Weight = torch.Tensor | QuantizedWeight
 _HUGE_PAGE = 2 << 20
 
 

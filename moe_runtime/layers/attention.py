@@ -55,9 +55,13 @@ class Attention:
                 Rows(f"{prefix}.{name}", count, config.qkv_bias)
                 for name, count in zip(names.inputs, rows, strict=True)
             ],
+            part="attention",
         )
         self.output = Linear(
-            kernels, widths[0], [Rows(f"{prefix}.{names.output}", hidden, config.output_bias)]
+            kernels,
+            widths[0],
+            [Rows(f"{prefix}.{names.output}", hidden, config.output_bias)],
+            part="attention",
         )
         self.query_norm: RmsNorm | None = None
         self.key_norm: RmsNorm | None = None

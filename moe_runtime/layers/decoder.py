@@ -79,7 +79,9 @@ class Decoder:
         if config.tie_word_embeddings:
             self.head = TiedHead(kernels, self.embedding)
         else:
-            self.head = Linear(kernels, config.hidden_size, [Rows(names.head, config.vocab_size)])
+            self.head = Linear(
+                kernels, config.hidden_size, [Rows(names.head, config.vocab_size)], part="lm_head"
+            )
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: Cache) -> torch.Tensor:

@@ -6,17 +6,17 @@ there as if all heads shared one key of R + rope columns whose first R are the v
 result. So the cache holds R + rope numbers per token, whatever the number of heads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from moe_runtime.batch import Batch
-from moe_runtime.kernels import Kernels
+from moe_runtime.kernels import Kernels, Weight
 from moe_runtime.layers.cache import LayerCache, zeroed
 from moe_runtime.layers.linear import HeadLinear, Linear, Rows
 from moe_runtime.layers.norm import RmsNorm
 from moe_runtime.layers.rope import Rotation
-from moe_runtime.layers.slots import Slot
+from moe_runtime.layers.slots import Place, Slot
 from moe_runtime.model_config import LatentAttentionConfig
 
 
@@ -46,9 +46,11 @@ class LatentAttention:
             rank, eps = config.q_lora_rank, config.latent_norm_eps
             query = Rows(f"{prefix}.q_a_proj", rank, config.bias)
             self.query_norm = RmsNorm(kernels, f"{prefix}.q_a_layernorm", rank, eps)
-            self.query_expand = Linear(kernels, rank, [Rows(f"{prefix}.q_b_proj", query_dim)])
+            self.query_expand = Linear(
+                kernels, rank, [Rows(f"{prefix}.q_b_proj", query_dim)], part="attention"
+            )
         self._split = [query.count, config.kv_lora_rank, config.qk_rope_head_dim]
-        self.inputs = Linear(kernels, hidden, [query, latent])
+        self.inputs = Linear(kernels, hidden, [query, latent], part="attention")
         self.latent_norm = RmsNorm(
             kernels, f"{prefix}.kv_a_layernorm", config.kv_lora_rank, config.latent_norm_eps
         )
@@ -56,7 +58,8 @@ class LatentAttention:
         self.absorb = HeadLinear(kernels)  # queries into latent space
         self.expand = HeadLinear(kernels)  # attended latents to values
         value_dim = config.num_heads * config.v_head_dim
-        self.output = Linear(kernels, value_dim, [Rows(f"{prefix}.o_proj", hidden, config.bias)])
+        output = Rows(f"{prefix}.o_proj", hidden, config.bias)
+        self.output = Linear(kernels, value_dim, [output], part="attention")
 
     def __call__(self, x: torch.Tensor, batch: Batch, cache: LayerCache, rotation: Rotation) -> torch.Tensor:
         kernels, config = self._kernels, self.config
@@ -98,15 +101,25 @@ class LatentAttention:
             yield from self.query_expand.slots()
         yield from self.latent_norm.slots()
         rows = config.num_heads * (config.qk_nope_head_dim + config.v_head_dim)
-        yield Slot(self._expand_name, (rows, config.kv_lora_rank), self._write_expand)
+        yield Slot(
+            self._expand_name,
+            (rows, config.kv_lora_rank),
+            self._write_heads,
+            part="attention",
+            matrices=self._matrices,
+            places=(Place(self.absorb, "packed"), Place(self.expand, "packed")),
+        )
         yield from self.output.slots()
 
-    def _write_expand(self, weight: torch.Tensor) -> None:
-        """Per head, the first rows of kv_b_proj make keys, the rest values."""
+    def _matrices(self, weight: torch.Tensor) -> list[torch.Tensor]:
+        """Per head, the first rows of kv_b_proj make keys, the rest values: all heads' keys, then values."""
         per_head = weight.view(self.config.num_heads, -1, self.config.kv_lora_rank)
         keys, values = per_head.split([self.config.qk_nope_head_dim, self.config.v_head_dim], dim=1)
-        self.absorb.write(keys.transpose(1, 2))
-        self.expand.write(values)
+        return [*keys.transpose(1, 2), *values]
+
+    def _write_heads(self, matrices: Sequence[Weight]) -> None:
+        self.absorb.write(matrices[: self.config.num_heads])
+        self.expand.write(matrices[self.config.num_heads :])
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> LayerCache:
         return LayerCache(zeroed((num_blocks, 1, block_size, self._latent_dim), dtype), None)

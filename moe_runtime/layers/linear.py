@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from moe_runtime.kernels import Kernels, PackedLinear
-from moe_runtime.layers.slots import Slot, is_separate
+from moe_runtime.kernels import Kernels, PackedLinear, QuantizedWeight, Weight
+from moe_runtime.layers.slots import Part, Place, Slot, is_separate
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,20 @@ class Linear:
     """
 
     def __init__(
-        self, kernels: Kernels, in_features: int, parts: Sequence[Rows], any_float: bool = False
+        self,
+        kernels: Kernels,
+        in_features: int,
+        parts: Sequence[Rows],
+        any_float: bool = False,
+        part: Part | None = None,
     ) -> None:
         self._kernels = kernels
         self._parts = tuple(parts)
+        self._part = part
         self._in_features = in_features
         self._out_features = sum(part.count for part in parts)
         self._any_float = any_float
-        self._stack: torch.Tensor | None = None  # rows so far, while a stack is being read
-        self._missing = len(self._parts)
+        self._written: list[Weight] = []  # so far, while a stack is being read
         self.packed: PackedLinear
         self.bias: torch.Tensor | None = None
 
@@ -49,8 +54,10 @@ class Linear:
             yield Slot(
                 f"{part.name}.weight",
                 (part.count, self._in_features),
-                partial(self._write, rows),
+                self._write,
                 self._any_float,
+                self._part,
+                places=(Place(self, "packed"),),
             )
             if part.bias:
                 yield Slot(
@@ -58,19 +65,17 @@ class Linear:
                     (part.count,),
                     partial(self._write_bias, rows),
                     True,
+                    places=(Place(self, "bias"),),
                 )
             start += part.count
 
-    def _write(self, rows: slice, weight: torch.Tensor) -> None:
-        if len(self._parts) > 1:
-            if self._stack is None:
-                self._stack = torch.empty(self._out_features, self._in_features, dtype=weight.dtype)
-            self._stack[rows] = weight
-            weight = self._stack
-        self._missing -= 1
-        if self._missing == 0:
-            self.packed = pack_owned(self._kernels, weight, keep=self._stack is not None)
-            self._stack = None
+    def _write(self, weight: Weight) -> None:
+        """The parts come in order, as ``slots`` names them."""
+        self._written.append(weight)
+        if len(self._written) == len(self._parts):
+            stacked = stack(self._written)
+            self._written = []
+            self.packed = pack_owned(self._kernels, stacked, keep=stacked is not weight)
 
     def _write_bias(self, rows: slice, bias: torch.Tensor) -> None:
         if self.bias is None:
@@ -78,10 +83,33 @@ class Linear:
         self.bias[rows] = bias
 
 
-def pack_owned(kernels: Kernels, weight: torch.Tensor, keep: bool) -> PackedLinear:
+def stack(weights: Sequence[Weight]) -> Weight:
+    """Weights [N_i, K] on top of each other. Where they differ in format, all are widened."""
+    if len(weights) == 1:
+        return weights[0]
+    quantized = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+    if len(quantized) == len(weights) and len({weight.format for weight in quantized}) == 1:
+        zeros = [weight.zeros for weight in quantized if weight.zeros is not None]
+        return QuantizedWeight(
+            torch.cat([weight.codes for weight in quantized]),
+            torch.cat([weight.scales for weight in quantized]),
+            torch.cat(zeros) if zeros else None,
+            quantized[0].format,
+        )
+    floats = [weight for weight in weights if isinstance(weight, torch.Tensor)]
+    dtype = floats[0].dtype if floats else torch.float32
+    return torch.cat(
+        [
+            weight.dequantize().to(dtype) if isinstance(weight, QuantizedWeight) else weight
+            for weight in weights
+        ]
+    )
+
+
+def pack_owned(kernels: Kernels, weight: Weight, keep: bool) -> PackedLinear:
     """``weight`` packed into memory of its own; ``keep`` when ``weight`` is ours and may be that memory."""
     packed: PackedLinear = kernels.pack_linear(weight)
-    if keep or is_separate(packed.data, weight):
+    if keep or isinstance(weight, QuantizedWeight) or is_separate(packed.data, weight):
         return packed
     copy: PackedLinear = kernels.pack_linear(weight.clone())
     return copy
@@ -98,9 +126,10 @@ class HeadLinear:
         result: torch.Tensor = self._kernels.linear_heads(x, self.packed)
         return result
 
-    def write(self, weight: torch.Tensor) -> None:
-        """weight [heads, N, K], any strides; copied."""
-        self.packed = self._kernels.pack_linear_heads(weight.clone(memory_format=torch.contiguous_format))
+    def write(self, matrices: Sequence[Weight]) -> None:
+        """One [N, K] per head, all in one format; copied."""
+        tensors = [matrix for matrix in matrices if isinstance(matrix, torch.Tensor)]
+        self.packed = self._kernels.pack_linear_heads(torch.stack(tensors) if tensors else list(matrices))
 
 
 class Embedding:
@@ -115,7 +144,7 @@ class Embedding:
         return self.table.index_select(0, token_ids).float()
 
     def slots(self) -> Iterator[Slot]:
-        yield Slot(f"{self._name}.weight", self._shape, self._write)
+        yield Slot(f"{self._name}.weight", self._shape, self._write, places=(Place(self, "table"),))
 
     def _write(self, weight: torch.Tensor) -> None:
         self.table = weight.clone()
@@ -124,7 +153,8 @@ class Embedding:
 class TiedHead:
     """The output projection of a model that uses its embedding table for it.
 
-    Backends with a packed layout of their own hold the matrix twice: rows to look up, packed to multiply.
+    Backends with a packed layout of their own hold the matrix twice: rows to look up, packed to multiply (and
+    quantised, if the user wants that of the head).
     """
 
     def __init__(self, kernels: Kernels, embedding: Embedding) -> None:
@@ -139,8 +169,16 @@ class TiedHead:
     def slots(self) -> Iterator[Slot]:
         """The embedding's own slot, packing after it."""
         for slot in self._embedding.slots():
-            yield Slot(slot.name, slot.shape, self._write)
+            yield Slot(
+                slot.name,
+                slot.shape,
+                self._write,
+                part="lm_head",
+                keep=slot.write,
+                places=(*slot.places, Place(self, "packed")),
+            )
 
-    def _write(self, weight: torch.Tensor) -> None:
-        self._embedding.table = weight.clone()
-        self.packed = pack_owned(self._kernels, self._embedding.table, keep=True)
+    def _write(self, weight: Weight) -> None:
+        if isinstance(weight, torch.Tensor):
+            weight = self._embedding.table  # where the backend keeps rows, once is enough
+        self.packed = pack_owned(self._kernels, weight, keep=True)

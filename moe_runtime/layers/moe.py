@@ -9,9 +9,10 @@ from functools import partial
 
 import torch
 
-from moe_runtime.kernels import Kernels, PackedExperts, RouterSpec, WeightFormat
+from moe_runtime.errors import CheckpointError
+from moe_runtime.kernels import Kernels, PackedExperts, QuantizedWeight, RouterSpec, Weight, WeightFormat
 from moe_runtime.layers.linear import Linear, Rows
-from moe_runtime.layers.slots import Slot
+from moe_runtime.layers.slots import Place, Slot
 from moe_runtime.model_config import MoeConfig
 
 
@@ -44,13 +45,25 @@ class ExpertWeights:
                 f"{prefix}.{name}.weight",
                 shape,
                 partial(self._write, expert_id, part),
+                part="experts",
+                places=(Place(self, "packed"),),
             )
 
-    def _write(self, expert_id: int, part: str, weight: torch.Tensor) -> None:
+    def _write(self, expert_id: int, part: str, weight: Weight) -> None:
+        weight_format = format_of(weight)
         if not self._allocated:
-            self.packed = self._kernels.new_experts(*self._shape, WeightFormat.of(weight.dtype))
+            self.packed = self._kernels.new_experts(*self._shape, weight_format)
             self._allocated = True
+        if weight_format != self.packed.format:
+            raise CheckpointError(
+                f"expert {expert_id}, {part}: {weight_format}, but this layer's first expert is "
+                f"{self.packed.format}; one format per layer is supported"
+            )
         self._kernels.pack_expert(self.packed, expert_id, part, weight)
+
+
+def format_of(weight: Weight) -> WeightFormat:
+    return weight.format if isinstance(weight, QuantizedWeight) else WeightFormat.of(weight.dtype)
 
 
 class DenseMlp:
@@ -138,7 +151,13 @@ class MoeMlp:
         yield from self.router.slots()
         if self.config.selection_bias:
             name = f"{self._prefix}.{self._names.selection_bias}"
-            yield Slot(name, (self.config.num_experts,), self._write_selection_bias, any_float=True)
+            yield Slot(
+                name,
+                (self.config.num_experts,),
+                self._write_selection_bias,
+                any_float=True,
+                places=(Place(self, "selection_bias"),),
+            )
         for expert_id in range(self.config.num_experts):
             prefix = f"{self._prefix}.{self._names.experts}.{expert_id}"
             yield from self.experts.slots(expert_id, prefix, self._names.parts)

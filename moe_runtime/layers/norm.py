@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from moe_runtime.kernels import Kernels
-from moe_runtime.layers.slots import Slot
+from moe_runtime.layers.slots import Place, Slot
 
 
 class RmsNorm:
@@ -31,7 +31,13 @@ class RmsNorm:
         return result
 
     def slots(self) -> Iterator[Slot]:
-        yield Slot(f"{self._name}.weight", (self._size,), self._write, any_float=True)
+        yield Slot(
+            f"{self._name}.weight",
+            (self._size,),
+            self._write,
+            any_float=True,
+            places=(Place(self, "weight"),),
+        )
 
     def _write(self, weight: torch.Tensor) -> None:
         self.weight = weight.to(torch.float32, copy=True)

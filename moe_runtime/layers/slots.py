@@ -2,23 +2,46 @@
 them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+
+# What may be quantised apart from the rest. Embedding, router and norms belong to none and keep their
+# precision.
+Part = Literal["experts", "attention", "lm_head"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The attribute of a layer where something loaded is kept: a tensor, PackedLinear or PackedExperts."""
+
+    owner: Any
+    attribute: str
 
 
 @dataclass(frozen=True)
 class Slot:
-    """``write`` receives the tensor once, in shape ``shape``; it must copy what it keeps, as the tensor is a
-    view of the mapped file. ``any_float``: small tensors (norms, biases, routers) that may differ from the
-    model's dtype; the others must have it, or float8 with block scales, which the loader widens first.
+    """``write`` receives the weight once, in shape ``shape``; it must copy what it keeps of a tensor, which
+    is a view of the mapped file.
+
+    any_float  small tensors (norms, biases, routers) that may differ from the model's dtype; the others must
+               have it, or a published quantised form, which the loader reads.
+    part       ``write`` gets the weight in the format that the user chose for this part.
+    keep       also receives the tensor, in the checkpoint's precision (an embedding that is the head too).
+    matrices   ``write`` gets a list instead: these matrices made of the tensor, each in the part's format.
+    places     where ``write`` and ``keep`` leave things, so that a packed file can save and restore them.
     """
 
     name: str
     shape: tuple[int, ...]
-    write: Callable[[torch.Tensor], None]
+    write: Callable[[Any], None]
     any_float: bool = False
+    part: Part | None = None
+    keep: Callable[[torch.Tensor], None] | None = None
+    matrices: Callable[[torch.Tensor], Sequence[torch.Tensor]] | None = None
+    places: tuple[Place, ...] = ()
 
 
 def is_separate(packed: torch.Tensor, weight: torch.Tensor) -> bool:

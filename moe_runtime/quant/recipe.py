@@ -1,0 +1,67 @@
+"""What the user wants in integers, and the step between a weight as read and a weight as a layer packs it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from moe_runtime.config import EngineConfig, quantized_parts
+from moe_runtime.kernels import QuantizedWeight, Weight, WeightFormat
+from moe_runtime.layers.slots import Part, Slot
+from moe_runtime.quant.rounding import quantize
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``formats``: for each part of the model that is to be quantised, how. ``moments``: by tensor name,
+    E[x_k^2] of the weight's input, float32 [K], where they were measured (statistics.py).
+
+    Weights that the checkpoint holds in 4 bits stay as they were published, whatever the formats say.
+    """
+
+    formats: Mapping[Part, WeightFormat] = field(default_factory=dict)
+    moments: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> "Recipe":
+        formats: dict[Part, WeightFormat] = {}
+        for part, kind in quantized_parts(config.quantize).items():
+            if kind == "int8":
+                formats[part] = WeightFormat("int8")
+            elif kind == "int4":
+                formats[part] = WeightFormat("int4", config.quantize_group, config.quantize_zeros)
+        return cls(formats)
+
+    def deliver(self, slot: Slot, weight: Weight, dtype: torch.dtype) -> int:
+        """Hand ``weight`` to the slot in the formats wanted; the bytes it has there. ``dtype`` is the
+        model's.
+        """
+        num_bytes = 0
+        if slot.keep is not None:
+            table = widened(weight, dtype)
+            slot.keep(table)
+            num_bytes += size_of(table)
+        if slot.matrices is not None:
+            matrices = [self._in_format(slot, matrix) for matrix in slot.matrices(widened(weight, dtype))]
+            slot.write(matrices)
+            return num_bytes + sum(size_of(matrix) for matrix in matrices)
+        converted = widened(weight, dtype) if slot.part is None else self._in_format(slot, weight)
+        slot.write(converted)
+        return num_bytes + (size_of(converted) if slot.keep is None or converted is not weight else 0)
+
+    def _in_format(self, slot: Slot, weight: Weight) -> Weight:
+        wanted = self.formats.get(slot.part) if slot.part is not None else None
+        if wanted is None or isinstance(weight, QuantizedWeight):
+            return weight
+        return quantize(weight, wanted, self.moments.get(slot.name))
+
+
+def widened(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    return weight.dequantize().to(dtype) if isinstance(weight, QuantizedWeight) else weight
+
+
+def size_of(weight: Weight) -> int:
+    """Bytes of the numbers themselves, packed, without padding."""
+    if isinstance(weight, QuantizedWeight):
+        return round(weight.codes.numel() * weight.format.bits_per_weight / 8)
+    return int(weight.numel() * weight.element_size())
