@@ -113,6 +113,10 @@ PYBIND11_MODULE(_C, m) {
     fused_moe(floats(x), ints(ids), floats(weights), bytes(gate_up), bytes(down),
               {tokens, top_k, hidden, intermediate, experts}, format, floats_out(out));
   }, no_gil);
+  m.def("choose_token", [](Address logits, int64_t size, double temperature, double min_p, int64_t top_k, double top_p,
+                           double fraction) {
+    return choose_token(floats(logits), size, {temperature, min_p, top_p, fraction, top_k});
+  }, no_gil);
   m.def("rms_norm", [](Address x, Address residual, Address weight, double eps, int64_t rows, int64_t dim, Address out,
                        Address total) {
     rms_norm(floats(x), floats(residual), floats(weight), eps, rows, dim, floats_out(out), floats_out(total));

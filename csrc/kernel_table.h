@@ -25,6 +25,7 @@ struct MatmulArgs {
   const float* bias;          // of the first column, or null; matmul only
 };
 
+static constexpr int64_t kSampleBlock = 256;
 static constexpr int32_t kAttentionRows = 16, kAttentionPart = 256;
 
 // Up to 16 (token, head) rows that read the same key head of the same sequence, over one part: at most 256 positions
@@ -68,6 +69,10 @@ struct KernelTable {
                    float* out, float* total);
   void (*silu_mul)(const float* gate, const float* up, float* out, int64_t count);
   void (*weighted_sum)(const float* const* rows, const float* weights, int64_t num_rows, int64_t dim, float* out);
+  float (*largest)(const float* x, int64_t count);  // -inf of none
+  // y = (x - best) / temperature and exp(y); of each block of kSampleBlock the largest y and the sum of the rest.
+  void (*exponentials)(const float* x, int64_t count, float best, float temperature, float* y, float* w,
+                       float* block_best, double* block_mass);
   void (*attention_part)(const AttentionPart*);
   // Adds a part to a running result: both are (max, sum, out[dim]).
   void (*attention_merge)(float* max, float* sum, float* out, const float* part_max, const float* part_sum,

@@ -29,6 +29,8 @@ extern "C" __attribute__((visibility("hidden"))) void moe_kernels_avx512(KernelT
       rms_norm,
       silu_mul,
       weighted_sum,
+      largest,
+      exponentials,
       attention_part,
       attention_merge,
       attention_finish,

@@ -37,6 +37,13 @@ struct MoeShape {
 void fused_moe(const float* x, const int32_t* ids, const float* weights, const char* gate_up, const char* down,
                const MoeShape& shape, int32_t format, float* out);
 
+// sampling.cpp: the id drawn from softmax(logits / temperature) after the filters; -1 if no logit is finite and largest.
+struct SamplingRules {
+  double temperature, min_p, top_p, fraction;  // fraction in [0, 1) of the probability mass
+  int64_t top_k;
+};
+int64_t choose_token(const float* logits, int64_t size, const SamplingRules& rules);
+
 // rows.cpp
 void rms_norm(const float* x, const float* residual, const float* weight, double eps, int64_t rows, int64_t dim,
               float* out, float* total);

@@ -87,3 +87,41 @@ static void weighted_sum(const float* const* rows, const float* weights, int64_t
     else v_store(out + i, sum);
   }
 }
+
+static float largest(const float* x, int64_t count) {
+  Vec top = v_set(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) top = v_max(top, v_load(x + i));
+  float best = v_max_lane(top);
+  for (; i < count; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+static void exponentials(const float* x, int64_t count, float best, float temperature, float* y, float* w,
+                         float* block_best, double* block_mass) {
+  const Vec shift = v_set(best), divisor = v_set(temperature);
+  for (int64_t first = 0; first < count; first += kSampleBlock) {
+    const int64_t end = first + kSampleBlock < count ? first + kSampleBlock : count;
+    Vec top = v_set(-__builtin_inff()), sum = v_zero();
+    int64_t i = first;
+    for (; i + kLanes <= end; i += kLanes) {
+      const Vec scaled = v_div(v_sub(v_load(x + i), shift), divisor), weight = v_exp(scaled);
+      v_store(y + i, scaled);
+      v_store(w + i, weight);
+      top = v_max(top, scaled);
+      sum = v_add(sum, weight);
+    }
+    float highest = v_max_lane(top);
+    double mass = fold_sum(v_fold(sum));
+    if (i < end) {
+      v_store_n(y + i, v_div(v_sub(v_load_n(x + i, end - i), shift), divisor), end - i);
+      v_store_n(w + i, v_exp(v_load_n(y + i, end - i)), end - i);
+      for (; i < end; ++i) {
+        highest = y[i] > highest ? y[i] : highest;
+        mass += w[i];
+      }
+    }
+    block_best[first / kSampleBlock] = highest;
+    block_mass[first / kSampleBlock] = mass;
+  }
+}

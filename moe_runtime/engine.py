@@ -18,7 +18,7 @@ from moe_runtime.generation import Generation, Sampled, rows_of
 from moe_runtime.kv_cache import BlockPool
 from moe_runtime.output import Completion, EngineStats, TokenEvent, TokenLogprob, TopLogprob
 from moe_runtime.quant.recipe import Recipe
-from moe_runtime.sampling import Logits, SamplingParams, draw_seed
+from moe_runtime.sampling import Chooser, Logits, SamplingParams, draw_seed
 from moe_runtime.scheduler import Chunk, Scheduler, Step
 from moe_runtime.sequence import Sequence as QueuedSequence
 from moe_runtime.tokenizer import Tokenizer
@@ -46,13 +46,18 @@ class Engine:
         *,
         chat: ChatTemplate | None = None,
         params: SamplingParams | None = None,
+        chooser: Chooser | None = None,
     ) -> None:
-        """Allocates the cache. Raises ConfigError when ``config`` asks for what cannot be."""
+        """Allocates the cache. ``chooser`` draws the tokens, see ``sampling.sample``.
+
+        Raises ConfigError when ``config`` asks for what cannot be.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.chat = chat
         self.config = config
         self.default_params = params or SamplingParams()
+        self._chooser = chooser
         self.cache_size: CacheSize = plan_cache(model, config)
         self.max_context = self.cache_size.max_context
         self._cache = model.new_cache(self.cache_size.num_blocks, config.block_size)
@@ -80,8 +85,9 @@ class Engine:
         if config.threads is not None:
             kernels.set_num_threads(config.threads)
             torch.set_num_threads(config.threads)
-        model = loader.load_model(model_dir, kernels.choose(config.backend), Recipe.of(config))
-        return cls(model, tokenizer, config, chat=chat, params=params)
+        chosen = kernels.choose(config.backend)
+        model = loader.load_model(model_dir, chosen, Recipe.of(config))
+        return cls(model, tokenizer, config, chat=chat, params=params, chooser=chosen.choose_token)
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError or ContextLengthExceeded for a request that must not be admitted."""
@@ -131,7 +137,7 @@ class Engine:
             self._scheduler.add(sequence)
             self._requests[request_id].append(sequence.sequence_id)
             self._open[sequence.sequence_id] = Generation(
-                request_id, choice, sequence, params, seed, self.tokenizer, self._end_ids
+                request_id, choice, sequence, params, seed, self.tokenizer, self._end_ids, self._chooser
             )
         self._counts["prompt_tokens"] += len(prompt_ids)
 

@@ -7,6 +7,7 @@ from itertools import accumulate
 from moe_runtime.detokenizer import StopStrings, detokenizer_for
 from moe_runtime.output import FinishReason, TokenEvent, TokenLogprob, TopLogprob
 from moe_runtime.sampling import (
+    Chooser,
     History,
     Logits,
     SamplingParams,
@@ -40,6 +41,7 @@ class Generation:
         seed: int,
         tokenizer: Tokenizer,
         end_ids: Collection[int],
+        chooser: Chooser | None = None,
     ) -> None:
         self.request_id = request_id
         self.choice = choice
@@ -47,6 +49,7 @@ class Generation:
         self._params = params
         self._seed = seed
         self._tokenizer = tokenizer
+        self._chooser = chooser
         self._end_ids = frozenset() if params.ignore_eos else frozenset(end_ids)
         self._detokenizer = detokenizer_for(tokenizer, sequence.token_ids)
         self._stops = StopStrings(params.stop, include_stop=params.include_stop)
@@ -69,7 +72,7 @@ class Generation:
         if self._max_tokens == 0:
             check_finite(row)
             return Sampled(None)
-        token_id = sample(row, self._params, self._history, self._seed, self.choice)
+        token_id = sample(row, self._params, self._history, self._seed, self.choice, self._chooser)
         if self._params.logprobs is None:
             return Sampled(token_id)
         return Sampled(token_id, self._logprob(row, token_id, self._params.logprobs))

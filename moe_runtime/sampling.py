@@ -24,6 +24,7 @@ __all__ = [
     "SamplingParams",
     "best_tokens",
     "check_finite",
+    "choose_token",
     "draw_seed",
     "log_softmax",
     "sample",
@@ -32,6 +33,7 @@ __all__ = [
 Logits = npt.NDArray[np.float32]
 Row = npt.NDArray[Any]  # float32 while sampling, float64 for logprobs
 Ids = npt.NDArray[np.intp]
+Chooser = Callable[[Row, float, float, int, float, float], int]  # as choose_token
 
 DISTANCES = (4.0, 8.0, 16.0)  # from the best logit: where the tokens that matter are
 MIN_TEMPERATURE = 1e-30  # below, all but the best are at -inf anyway
@@ -86,9 +88,17 @@ class History:
                 occurrences.add(token_id)
 
 
-def sample(logits: Logits, params: SamplingParams, history: History, seed: int, choice: int) -> int:
+def sample(
+    logits: Logits,
+    params: SamplingParams,
+    history: History,
+    seed: int,
+    choice: int,
+    chooser: Chooser | None = None,
+) -> int:
     """Choose one token id from ``logits`` (V,), which is left unchanged.
 
+    ``chooser`` makes the draw: ``choose_token``, the literal one, unless the engine has a faster.
     Raises RequestFailed when a logit is NaN or infinite, or when the filters leave nothing to choose.
     """
     check_finite(logits)
@@ -100,15 +110,27 @@ def sample(logits: Logits, params: SamplingParams, history: History, seed: int, 
             raise RequestFailed("penalties, logit_bias and min_tokens leave no token to choose")
         if params.greedy:
             return int(np.argmax(row))  # the first of equal ones: the lowest id
-        row = apply_temperature(row, params)
-        for keep in FILTERS:
-            row = keep(row, params)
-    return draw(row, uniform(seed, choice, history.num_output))
+        fraction = uniform(seed, choice, history.num_output)
+        temperature = max(params.temperature, MIN_TEMPERATURE)
+        choose = chooser or choose_token
+        return choose(row, temperature, params.min_p, params.top_k, params.top_p, fraction)
+
+
+def choose_token(
+    row: Row, temperature: float, min_p: float, top_k: int, top_p: float, fraction: float
+) -> int:
+    """The token at ``fraction`` in [0, 1) of what the filters leave of softmax(row / temperature)."""
+    row = apply_temperature(row, temperature)
+    row = keep_min_p(row, min_p)
+    row = keep_top_k(row, top_k)
+    row = keep_top_p(row, top_p)
+    return draw(row, fraction)
 
 
 def check_finite(logits: Logits) -> None:
     """Raise RequestFailed when ``logits`` (any shape) holds NaN or infinity."""
-    if not np.isfinite(logits).all():
+    # Either makes an extreme that is not finite.
+    if logits.size and not (np.isfinite(logits.max()) and np.isfinite(logits.min())):
         raise RequestFailed("the model computed logits that are not finite numbers for this request")
 
 
@@ -180,33 +202,33 @@ def mask_end_ids(row: Row, params: SamplingParams, history: History) -> Row:
     return row
 
 
-def apply_temperature(row: Row, params: SamplingParams) -> Row:
+def apply_temperature(row: Row, temperature: float) -> Row:
     """Divide the distances to the best logit, so that the best stays 0 however small the temperature."""
-    return (row - row.max()) / max(params.temperature, MIN_TEMPERATURE)
+    return (row - row.max()) / temperature
 
 
-def keep_min_p(row: Row, params: SamplingParams) -> Row:
+def keep_min_p(row: Row, min_p: float) -> Row:
     """Keep tokens whose probability is at least min_p times that of the best."""
-    if params.min_p > 0.0:
-        row = np.where(row >= row.max() + math.log(params.min_p), row, -np.inf)
+    if min_p > 0.0:
+        row = np.where(row >= row.max() + math.log(min_p), row, -np.inf)
     return row
 
 
-def keep_top_k(row: Row, params: SamplingParams) -> Row:
+def keep_top_k(row: Row, top_k: int) -> Row:
     """Keep the top_k best tokens and every token equal to the last of them."""
-    if 0 < params.top_k < len(row):
-        candidates = _near_best(row, lambda ids: len(ids) >= params.top_k)
+    if 0 < top_k < len(row):
+        candidates = _near_best(row, lambda ids: len(ids) >= top_k)
         values = row[candidates]
-        if params.top_k <= len(values):
-            row = _only(row, candidates[values >= np.partition(values, -params.top_k)[-params.top_k]])
+        if top_k <= len(values):
+            row = _only(row, candidates[values >= np.partition(values, -top_k)[-top_k]])
     return row
 
 
-def keep_top_p(row: Row, params: SamplingParams) -> Row:
+def keep_top_p(row: Row, top_p: float) -> Row:
     """Keep the smallest set of most likely tokens whose mass reaches top_p; of equal ones, low ids first."""
-    if params.top_p < 1.0:
+    if top_p < 1.0:
         weights = np.exp(row - row.max())
-        wanted = params.top_p * weights.sum(dtype=np.float64)
+        wanted = top_p * weights.sum(dtype=np.float64)
         candidates = _near_best(row, lambda ids: weights[ids].sum(dtype=np.float64) >= wanted)
         order = candidates[np.argsort(-row[candidates], kind="stable")]
         mass = np.cumsum(weights[order].astype(np.float64))
@@ -234,11 +256,11 @@ def _only(row: Row, ids: Ids) -> Row:
     return kept
 
 
-# In the order they apply. To add a filter, write the function and name it here.
+# In the order they apply. To add an adjustment, write the function and name it here; a filter of the draw
+# belongs into choose_token and into its fast form, csrc/sampling.cpp.
 ADJUSTMENTS: tuple[Callable[[Row, SamplingParams, History], Row], ...] = (
     apply_repetition_penalty,
     apply_count_penalties,
     apply_logit_bias,
     mask_end_ids,
 )
-FILTERS: tuple[Callable[[Row, SamplingParams], Row], ...] = (keep_min_p, keep_top_k, keep_top_p)

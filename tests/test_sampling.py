@@ -46,15 +46,14 @@ def kept(row: Any) -> set[int]:
 @given(row=ROWS, top_k=st.integers(-1, 14))
 @settings(derandomize=True, deadline=None)
 def test_top_k_keeps_the_k_best_and_their_equals(row: Any, top_k: int) -> None:
-    params = SamplingParams(top_k=top_k)
     bound = sorted(row)[-top_k] if 0 < top_k < len(row) else -math.inf
-    assert kept(sampling.keep_top_k(row, params)) == {i for i, value in enumerate(row) if value >= bound}
+    assert kept(sampling.keep_top_k(row, top_k)) == {i for i, value in enumerate(row) if value >= bound}
 
 
 @given(row=ROWS, top_p=st.floats(0.01, 1.0))
 @settings(derandomize=True, deadline=None)
 def test_top_p_keeps_the_smallest_set_with_that_mass(row: Any, top_p: float) -> None:
-    result = kept(sampling.keep_top_p(row, SamplingParams(top_p=top_p)))
+    result = kept(sampling.keep_top_p(row, top_p))
     probabilities = softmax(row)
     order = sorted(range(len(row)), key=lambda i: (-row[i], i))
     assert result == set(order[: len(result)])
@@ -69,14 +68,14 @@ def test_top_p_of_a_large_vocabulary_is_that_of_a_full_sort(top_p: float, scale:
     order = np.argsort(-row, kind="stable")
     mass = np.cumsum(np.exp(row[order] - row.max()))
     num_kept = np.searchsorted(mass, top_p * mass[-1] * (1 - 1e-12)) + 1
-    result = kept(sampling.keep_top_p(row, SamplingParams(top_p=top_p)))
+    result = kept(sampling.keep_top_p(row, top_p))
     assert abs(len(result) - num_kept) <= 1 and result == set(order[: len(result)].tolist())
 
 
 @given(row=ROWS, min_p=st.floats(0.0, 1.0))
 @settings(derandomize=True, deadline=None)
 def test_min_p_drops_what_is_unlikely_beside_the_best(row: Any, min_p: float) -> None:
-    result = kept(sampling.keep_min_p(row, SamplingParams(min_p=min_p)))
+    result = kept(sampling.keep_min_p(row, min_p))
     probabilities = softmax(row)
     clearly_in = {i for i, p in enumerate(probabilities) if p > min_p * max(probabilities) * (1 + 1e-12)}
     clearly_out = {i for i, p in enumerate(probabilities) if p < min_p * max(probabilities) * (1 - 1e-12)}
@@ -148,7 +147,7 @@ def test_logit_bias_is_read_once_however_many_tokens_are_sampled() -> None:
 @given(row=ROWS, temperature=st.floats(1e-6, 100.0))
 @settings(derandomize=True, deadline=None)
 def test_temperature_divides_the_logits(row: Any, temperature: float) -> None:
-    result = sampling.apply_temperature(row, SamplingParams(temperature=temperature))
+    result = sampling.apply_temperature(row, max(temperature, sampling.MIN_TEMPERATURE))
     expected = [(value - max(row)) / temperature for value in row]
     np.testing.assert_allclose(result, expected, rtol=1e-15)
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from moe_runtime.errors import ConfigError, IsaUnavailable
-from moe_runtime.kernels import cpu, packing, reference
+from moe_runtime.kernels import cpu, packing, reference, sampler
 from moe_runtime.kernels.cpu import set_num_threads
 from moe_runtime.kernels.packed import (
     PackedExperts,
@@ -92,6 +92,7 @@ class Kernels:
     rope: Operation
     write_cache: Operation
     attention: Operation
+    choose_token: Operation | None  # the draw of a token, where there is a faster one than sampling.py's
 
 
 def choose(backend: str = "auto", overrides: Mapping[str, str] = MappingProxyType({})) -> Kernels:
@@ -120,4 +121,5 @@ def choose(backend: str = "auto", overrides: Mapping[str, str] = MappingProxyTyp
         name: implementations[resolve(overrides.get(PACKED_FOR.get(name, name), backend))]
         for name, implementations in OPS.items()
     }
-    return Kernels(backend=resolve(backend), **chosen)
+    chooser = sampler.choose_token if resolve(backend) == "cpu" else None
+    return Kernels(backend=resolve(backend), choose_token=chooser, **chosen)
