@@ -23,8 +23,8 @@ check: $(VENV)/.installed-test           ## formatting, lint, types
 	@ln -s $(CURDIR)/moe_runtime/* $(CURDIR)/experts $(CURDIR)/server build/types/moe_runtime/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p moe_runtime
 
-bench: $(VENV)/.installed-test           ## kernel micro-benchmarks; see bench/ for the rest
-	$(BIN)/python -m pytest bench/kernels.py --benchmark-only $(ARGS)
+bench: $(VENV)/.installed-test           ## kernel micro-benchmarks; ARGS="--help" lists their options
+	$(BIN)/python -m pytest bench/kernels.py --benchmark-only --benchmark-quiet --benchmark-disable-gc $(ARGS)
 
 demo: $(VENV)/.installed-test            ## train the demo model again from its seeded recipe (under an hour on 2 cores)
 	$(BIN)/python -m moe_runtime.experts.demo $(ARGS)
