@@ -1,6 +1,8 @@
 #include "cpu_features.h"
 
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -9,6 +11,10 @@
 #include <mutex>
 
 #include "errors.h"
+
+// Tests only: defined by tests/kernels/amx_emulator.c where it is preloaded, and by nobody else. It then executes the
+// AMX instructions that this machine lacks.
+extern "C" __attribute__((weak)) const int moe_amx_emulator;
 
 namespace {
 
@@ -24,8 +30,15 @@ uint32_t extended_control_register() {
   return low;
 }
 
+// AMX's registers are large enough that Linux gives them only to processes that ask: here, once, for all threads. It may
+// refuse (an old kernel, a sandbox, a thread with a small signal stack); then the machine counts as one without AMX.
+bool tile_permission() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
 struct Features {
-  bool avx2 = false, avx512 = false, avx512bf16 = false;
+  bool avx2 = false, avx512 = false, avx512bf16 = false, amx = false;
 
   Features() {
     unsigned a, b, c, d;
@@ -40,7 +53,10 @@ struct Features {
     const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, vnni = 1u << 11, wanted = f | dq | bw | vl;
     avx512 = avx2 && (saved & 0xe6) == 0xe6 && (b & wanted) == wanted && (c & vnni);
     const unsigned leaves = a;
+    const uint32_t tiles = 1u << 24 | 1u << 22;  // AMX-TILE, AMX-BF16; saved: XTILECFG, XTILEDATA
+    amx = (d & tiles) == tiles && (saved & 0x60000) == 0x60000;
     if (avx512 && leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) avx512bf16 = a & (1u << 5);
+    amx = avx512bf16 && ((amx && tile_permission()) || &moe_amx_emulator != nullptr);
   }
 };
 
@@ -49,8 +65,9 @@ const Features& features() {
   return found;
 }
 
-// Best first. AMX comes here: kernels_amx.cpp with its own row, reading the same packed bytes (layout.h).
+// Best first. All read the same packed bytes (layout.h).
 const Isa kIsas[] = {
+    {"amx", [] { return features().amx; }, moe_kernels_amx},
     {"avx512bf16", [] { return features().avx512bf16; }, moe_kernels_avx512bf16},
     {"avx512", [] { return features().avx512; }, moe_kernels_avx512},
     {"avx2", [] { return features().avx2; }, moe_kernels_avx2},

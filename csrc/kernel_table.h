@@ -87,4 +87,5 @@ extern "C" {
 void moe_kernels_avx2(KernelTable* table);
 void moe_kernels_avx512(KernelTable* table);
 void moe_kernels_avx512bf16(KernelTable* table);
+void moe_kernels_amx(KernelTable* table);
 }

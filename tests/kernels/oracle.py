@@ -1,8 +1,8 @@
 """Inputs, float64 truth and proven error bounds shared by the kernel tests.
 
 A dot product of length K in float32 errs by at most about sqrt(K) * 2^-24 * sum |w||x| (random signs;
-``SAFETY`` covers the tail). Where bf16 weights meet VDPBF16PS, activations are rounded to bf16 first: 2^-8 of
-each product, and subnormal inputs count as zero.
+``SAFETY`` covers the tail). Where bf16 weights meet VDPBF16PS or TDPBF16PS, activations are rounded to bf16
+first: 2^-8 of each product, and subnormal inputs count as zero.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ SUBNORMAL = 2.0**-126
 
 
 def activation_eps(isa: str, dtype: torch.dtype) -> float:
-    return 2.0**-8 if isa == "avx512bf16" and dtype is torch.bfloat16 else 0.0
+    return 2.0**-8 if isa in ("avx512bf16", "amx") and dtype is torch.bfloat16 else 0.0
 
 
 def dot_bound(x: torch.Tensor, weight: torch.Tensor, isa: str, dtype: torch.dtype) -> torch.Tensor:
