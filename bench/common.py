@@ -58,9 +58,14 @@ def summary(samples: list[float]) -> dict[str, float]:
     return {"median": statistics.median(samples), "q1": quartiles[0], "q3": quartiles[2], "n": len(samples)}
 
 
+def result_path(name: str) -> Path:
+    """The day's JSON file of a question under bench/results/."""
+    return RESULTS / f"{name}-{datetime.date.today().isoformat()}.json"
+
+
 def save(name: str, result: dict[str, Any]) -> Path:
     """Write one JSON file under bench/results/, named after the question and the day."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{datetime.date.today().isoformat()}.json"
+    path = result_path(name)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
