@@ -102,7 +102,7 @@ def http_server(name: str, place: Place, port: int, served_name: str, streams: i
         binary = environments.llama_library(place.work, build) / "llama-server"
         command = [str(binary), "-m", str(_gguf(place, rest)), *at, "--alias", served_name]
         command += ["-t", threads, "-tb", threads, "-np", str(streams), "-c", str(1024 * streams)]
-        command += ["-b", "2048", "-ub", "2048", "--no-cache-prompt"]
+        command += ["-b", "2048", "-ub", "2048", "--no-cache-prompt", "--cache-ram", "0", "--no-ui"]
         return Side(name, command, variables, BITS[rest])
     program = environments.vllm_python(place.work).parent / "vllm"
     command = [str(program), "serve", str(place.checkpoint), *at, "--served-model-name", served_name]
