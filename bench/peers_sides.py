@@ -70,7 +70,9 @@ def offline_child(name: str, place: Place) -> Side:
     elif engine == "llama":
         python, script = environments.llama_python(place.work, place.jobs), "llama.py"
         build, rest = _llama_build(rest)
-        variables["LLAMA_CPP_LIB_PATH"] = str(environments.llama_library(place.work, build))
+        library = str(environments.llama_library(place.work, build))
+        variables |= {"LLAMA_CPP_LIB_PATH": library, "LD_LIBRARY_PATH": library}
+        options["avx512"] = build == "native"
         options["folder"] = str(_gguf(place, rest))
     elif engine == "transformers":
         python, script = environments.transformers_python(place.work), "hf_transformers.py"

@@ -40,6 +40,8 @@ class LlamaCpp:
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(2048, 0, 1)
         self.info = self._describe(params)
+        if not options["avx512"] and "AVX512" in self.info["system_info"]:
+            raise SystemExit(f"not the AVX2 build: {self.info['system_info']}")
 
     def _describe(self, params: Any) -> dict[str, Any]:
         placed = [line.strip() for line in "".join(self.log).splitlines() if "buffer size" in line]
