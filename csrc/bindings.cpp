@@ -96,6 +96,9 @@ PYBIND11_MODULE(_C, m) {
                    (uint8_t*)zeros);
   }, no_gil);
 
+  m.def("checksum", [](Address data, int64_t size) { return checksum(bytes(data), size); }, no_gil);
+  m.def("checksum_file", &checksum_file, no_gil);  // descriptor, offset, bytes
+
   m.def("route", [](Address logits, int64_t tokens, int64_t experts, Address bias, int64_t top_k, int64_t num_groups,
                     int64_t topk_groups, bool sigmoid, bool normalise, bool top2_sum, bool softmax_after_topk,
                     double routed_scaling, double norm_epsilon, Address ids, Address weights) {

@@ -22,6 +22,10 @@ void unpack_integer(const char* packed, int64_t n, int64_t k, int32_t format, Pa
                     float* scales, uint8_t* zeros);
 void advise_huge_pages(char* data, int64_t bytes);
 
+// checksum.cpp: of memory and of a range of an open file.
+uint64_t checksum(const char* data, int64_t bytes);
+uint64_t checksum_file(int descriptor, int64_t offset, int64_t bytes);
+
 // router.cpp
 void route(const float* logits, int64_t num_tokens, int64_t num_experts, const float* bias, const RouterRules& rules,
            int32_t* ids, float* weights);

@@ -115,6 +115,22 @@ ITEM_BYTES: Mapping[str, int] = MappingProxyType({
 })  # fmt: skip
 
 
+def list_weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model. Raises CheckpointError as Checkpoint does."""
+    return _list_files(folder)[0]
+
+
+def read_header_bytes(path: Path) -> bytes:
+    """The header of a safetensors file as it is, unchecked but for its size. Raises OSError,
+    CheckpointError.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(f"header of {length} bytes", file=path.name)
+        return file.read(length)
+
+
 def _list_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The weight files, and the index (tensor name -> file name) when there is one."""
     if (folder / INDEX_FILE).exists():

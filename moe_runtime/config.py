@@ -6,6 +6,7 @@ This file knows neither argparse nor torch.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from moe_runtime.errors import ConfigError
@@ -51,6 +52,14 @@ class EngineConfig:
     )
     quantize_group: int = option(128, "weights that share an int4 scale: 32, 64 or 128")
     quantize_zeros: bool = option(False, "int4 with a zero point per group: 0.06 bits more per weight at 128")
+
+    packed_file: bool = option(True, "keep the packed weights in a file, which the next start maps")
+    packed_dir: Path | None = option(
+        None, "folder for packed weights (default: .moe_packed in the model folder, if it can be written)"
+    )
+    packed_verify: bool = option(
+        True, "read a packed file whole at start and compare its checksums, else those of its table only"
+    )
 
     def __post_init__(self) -> None:
         check_positive(self, "max_context", "max_batch_tokens", "max_running", "max_queue", "cache_bytes")

@@ -17,6 +17,7 @@ from moe_runtime.errors import ContextLengthExceeded, RequestError, RequestFaile
 from moe_runtime.generation import Generation, Sampled, rows_of
 from moe_runtime.kv_cache import BlockPool
 from moe_runtime.output import Completion, EngineStats, TokenEvent, TokenLogprob, TopLogprob
+from moe_runtime.packed_store import PackedStore
 from moe_runtime.quant.recipe import Recipe
 from moe_runtime.sampling import Chooser, Logits, SamplingParams, draw_seed
 from moe_runtime.scheduler import Chunk, Scheduler, Step
@@ -85,8 +86,11 @@ class Engine:
         if config.threads is not None:
             kernels.set_num_threads(config.threads)
             torch.set_num_threads(config.threads)
-        chosen = kernels.choose(config.backend)
-        model = loader.load_model(model_dir, chosen, Recipe.of(config))
+        chosen, recipe = kernels.choose(config.backend), Recipe.of(config)
+        store = None
+        if config.packed_file and chosen.backend == "cpu":
+            store = PackedStore(model_dir, recipe, config.packed_dir, config.packed_verify)
+        model = loader.load_model(model_dir, chosen, recipe, store)
         return cls(model, tokenizer, config, chat=chat, params=params, chooser=chosen.choose_token)
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:

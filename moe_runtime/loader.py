@@ -19,6 +19,9 @@ from moe_runtime.layers.decoder import Decoder
 from moe_runtime.layers.slots import Slot
 from moe_runtime.model_config import ModelConfig
 from moe_runtime.models import Architecture, find_architecture
+from moe_runtime.packed_file import PackedFileError
+from moe_runtime.packed_model import is_packed, restore
+from moe_runtime.packed_store import PackedStore
 from moe_runtime.quant.fp8 import SCALE_SUFFIX, Fp8Weight
 from moe_runtime.quant.int4 import Int4Weight, find_int4
 from moe_runtime.quant.plain import PlainWeight, refuse
@@ -33,17 +36,43 @@ FP8 = "F8_E4M3"
 StoredWeight = PlainWeight | Fp8Weight | Int4Weight
 
 
-def load_model(model_dir: Path, kernels: Kernels, recipe: Recipe = Recipe()) -> Decoder:  # noqa: B008 (frozen)
-    """The model in ``model_dir``, ready for ``forward``, in the formats of ``recipe``.
+def load_model(
+    model_dir: Path,
+    kernels: Kernels,
+    recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
+    store: PackedStore | None = None,
+) -> Decoder:
+    """The model in ``model_dir``, ready for ``forward``, in the formats of ``recipe``; with a ``store``, from
+    the packed file of an earlier start, or into one for the next.
 
     Raises CheckpointError naming file and tensor.
     """
     require_model_folder(model_dir)
+    restored = None if store is None else _restore(model_dir, kernels, store)
+    if restored is not None:
+        return restored
     checkpoint = Checkpoint(model_dir)
     architecture, config = read_model_config(model_dir, checkpoint.common_dtype())
     model = architecture.build(config, kernels)
     weight_bytes = fill(model, checkpoint, recipe)
     model.config = replace(config, weight_bytes=weight_bytes)
+    if store is not None and is_packed(model):
+        store.save(model, {})
+    return model
+
+
+def _restore(model_dir: Path, kernels: Kernels, store: PackedStore) -> Decoder | None:
+    """The model from its packed file, if there is a good one."""
+    packed = store.open()
+    if packed is None:
+        return None
+    architecture, config = read_model_config(model_dir, packed.values["dtype"])
+    model = architecture.build(config, kernels)
+    try:
+        restore(model, packed)
+    except PackedFileError as error:
+        store.refuse(error)
+        return None
     return model
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,7 @@ def test_every_field_is_a_flag_and_comes_back() -> None:
         max_context=4096, max_batch_tokens=7, max_running=3, max_queue=2, block_size=32, cache_bytes=123,
         num_blocks=9, prefix_caching=False, backend="reference", threads=2,
         quantize="experts=int4,lm_head=int8", quantize_group=32, quantize_zeros=True,
+        packed_file=False, packed_dir=Path("x"), packed_verify=False,
     )  # fmt: skip
     words = []
     for field in dataclasses.fields(config):

@@ -1,11 +1,12 @@
 """What the user wants in integers, and the step between a weight as read and a weight as a layer packs it."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from moe_runtime.config import EngineConfig, quantized_parts
+from moe_runtime.config import PARTS, EngineConfig, quantized_parts
 from moe_runtime.kernels import QuantizedWeight, Weight, WeightFormat
 from moe_runtime.layers.slots import Part, Slot
 from moe_runtime.quant.rounding import quantize
@@ -31,6 +32,24 @@ class Recipe:
             elif kind == "int4":
                 formats[part] = WeightFormat("int4", config.quantize_group, config.quantize_zeros)
         return cls(formats)
+
+    @property
+    def label(self) -> str:
+        """A short name, fit for a file: ``int4-g128``, ``experts-int4-g128_lm_head-int8``, ``plain``."""
+        names = [str(self.formats[part]) for part in PARTS if part in self.formats]
+        if not (len(names) == len(PARTS) and len(set(names)) == 1):
+            names = [f"{part}-{self.formats[part]}" for part in PARTS if part in self.formats] or ["plain"]
+        else:
+            names = names[:1]
+        return "_".join(names) + ("_weighted" if self.moments else "")
+
+    def describe(self) -> dict[str, str]:
+        """All that its results follow from, as plain JSON."""
+        digest = hashlib.sha256()
+        for name, moments in sorted(self.moments.items()):
+            digest.update(name.encode() + moments.numpy().tobytes())
+        formats = {str(part): str(weight_format) for part, weight_format in sorted(self.formats.items())}
+        return formats | {"moments": digest.hexdigest()}
 
     def deliver(self, slot: Slot, weight: Weight, dtype: torch.dtype) -> int:
         """Hand ``weight`` to the slot in the formats wanted; the bytes it has there. ``dtype`` is the

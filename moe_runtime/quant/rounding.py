@@ -10,6 +10,7 @@ import torch
 
 from moe_runtime.kernels.packed import QuantizedWeight, WeightFormat
 
+ROUNDING_VERSION = 1  # of the numbers made here, which packed files keep
 VALUES_PER_STEP = 1 << 19  # float32 working copies of 2 MiB
 # How far the range of the codes is shrunk against the group's: cutting off the one largest weight of a group
 # makes the step finer for all others.
