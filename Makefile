@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 ARGS   ?=
 SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: serve test check bench demo clean
+.PHONY: serve test check sanitize bench demo clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed                ## serve the bundled demo model on 127.0.0.1:8000
@@ -22,6 +22,17 @@ check: $(VENV)/.installed-test           ## formatting, lint, types
 	@rm -rf build/types && mkdir -p build/types/moe_runtime
 	@ln -s $(CURDIR)/moe_runtime/* $(CURDIR)/experts $(CURDIR)/server build/types/moe_runtime/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p moe_runtime
+
+# A program without Python that runs every kernel, built and run with AddressSanitizer and UBSan, then ThreadSanitizer.
+# Their shadow memory wants the addresses that a machine without randomisation gives, where that may be switched off.
+sanitize: $(VENV)/.installed             ## memory, undefined behaviour and races in csrc/
+	@set -e; for kind in address,undefined thread; do \
+		echo "sanitize: $$kind"; build=build/sanitize-$${kind%%,*}; \
+		$(BIN)/cmake -S csrc -B $$build -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DCMAKE_BUILD_TYPE=None \
+			-DMOE_SANITIZE=$$kind >/dev/null; \
+		$(BIN)/cmake --build $$build -- --quiet; \
+		TSAN_OPTIONS=die_after_fork=0 $$(setarch -R true 2>/dev/null && echo setarch -R) $$build/sanitize; \
+	done
 
 bench: $(VENV)/.installed-test           ## kernel micro-benchmarks; ARGS="--help" lists their options
 	$(BIN)/python -m pytest bench/kernels.py --benchmark-only --benchmark-quiet --benchmark-disable-gc $(ARGS)
