@@ -6,6 +6,7 @@ over a working set of the same size as ours.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -83,19 +84,24 @@ def experts(case: Case, sets: WorkingSets) -> Rivals:
     return {"torch.matmul per expert": calls(expert_loop), "torch._grouped_mm": calls(grouped_experts)}
 
 
+def caches(sequences: int, layer: Layer, length: int, num_bytes: int) -> torch.Tensor:
+    """Keys and values bf16 [count, 2, sequences, key heads, length, D] of ``num_bytes``."""
+    shape = (2, sequences, layer.kv_heads, length, layer.key_dim)
+    room = torch.empty(-(-num_bytes // (2 * math.prod(shape))), *shape, dtype=torch.bfloat16)
+    room[:] = torch.randn(length, layer.key_dim)
+    return room
+
+
 def attention(case: Case, sets: WorkingSets) -> Rivals:
     """torch gets keys and values contiguous, ours are paged by 16; latent attention has no counterpart."""
     layer, decode = case.layer, case.op == "attention_decode"
     if layer.latent_value:
         return {}
     sequences, length = (case.tokens, CONTEXT) if decode else (1, case.tokens)
-    shape = (sequences, layer.kv_heads, length, layer.key_dim)
     query = torch.randn(sequences, layer.heads, case.tokens // sequences, layer.key_dim).bfloat16()
-    count = num_calls(4 * torch.Size(shape).numel(), sets.num_bytes)
-    rooms = sets.get(matrices, shape[0] * shape[1] * shape[2], 2 * count * shape[3])
-    flat = rooms.flatten()[: 2 * count * torch.Size(shape).numel()].view(count, 2, *shape)
     side = functools.partial(F.scaled_dot_product_attention, is_causal=not decode, enable_gqa=True)
-    return {"torch sdpa": [functools.partial(side, query, keys, values) for keys, values in flat]}
+    room = sets.get(caches, sequences, layer, length)
+    return {"torch sdpa": [functools.partial(side, query, keys, values) for keys, values in room]}
 
 
 BUILDERS: dict[str, Callable[[Case, WorkingSets], Rivals]] = {
