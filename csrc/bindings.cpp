@@ -66,6 +66,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("set_num_threads", &set_num_threads);
   m.def("num_threads", &num_threads);
+  m.def("read_nodes", &read_nodes);  // folder like /sys/devices/system/node
+  m.def("nodes", &nodes);
+  m.def("set_nodes", &set_nodes);
   m.def("cgroup_cpus", &cgroup_cpus);  // file like /proc/self/cgroup, folder like /sys/fs/cgroup
 
   // For bench/: what the machine can do at best.

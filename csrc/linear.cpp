@@ -20,13 +20,13 @@ void linear(const float* x, int64_t num_tokens, int64_t heads, int64_t k, const 
   const int64_t chunk = std::clamp<int64_t>(wanted / 2 * 2, 2, 16);
   const int64_t panel_chunks = (panels + chunk - 1) / chunk;
 
-  Stage stage(heads * row_chunks * panel_chunks);
+  SlicedStage stage(heads * row_chunks, panel_chunks);
   run(num_tokens * heads * n * k >= kParallelFrom, [&](int) {
     rows.prepare();
-    stage.drain([&](int64_t task) {
-      const int64_t first_panel = task % panel_chunks * chunk;
-      const int64_t first_row = task / panel_chunks % row_chunks * kRowsPerTask;
-      const int64_t head = task / panel_chunks / row_chunks;
+    stage.drain([&](int64_t repeat, int64_t part) {
+      const int64_t first_panel = part * chunk;
+      const int64_t first_row = repeat % row_chunks * kRowsPerTask;
+      const int64_t head = repeat / row_chunks;
       const int64_t first_column = first_panel * kPanelColumns;
       MatmulArgs args;
       args.rows = rows.row(first_row * heads + head);

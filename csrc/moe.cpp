@@ -143,22 +143,22 @@ void fused_moe(const float* x, const int32_t* ids, const float* weights, const c
   const int64_t wanted = sorted.num_active * gate_up_panels / (threads * 8);
   const int64_t panels = std::clamp<int64_t>(wanted / unit * unit, unit, 16);
   const int64_t panel_chunks = (gate_up_panels + panels - 1) / panels;
-  Stage gate_up_stage(sorted.num_active * panel_chunks);
+  SlicedStage gate_up_stage(sorted.num_active, panel_chunks);
 
   const int64_t width = shape.hidden / (2 * kPanelColumns) >= 3 * threads ? 2 * kPanelColumns : kPanelColumns;
-  Stage down_stage((shape.hidden + width - 1) / width);
+  SlicedStage down_stage(1, (shape.hidden + width - 1) / width);
   float* blocks = scratch.take<float>(threads * pairs * width);
   const float** slots = scratch.take<const float*>(threads * shape.top_k);
 
   run(pairs * shape.hidden * shape.intermediate * 3 >= kParallelFrom, [&](int worker) {
     rows.prepare();
-    gate_up_stage.drain([&](int64_t task) {
-      const int64_t panel = task % panel_chunks * panels;
-      gate_up_task(call, rows, sorted.active[task / panel_chunks], panel, std::min(panels, gate_up_panels - panel));
+    gate_up_stage.drain([&](int64_t expert, int64_t chunk) {
+      const int64_t panel = chunk * panels;
+      gate_up_task(call, rows, sorted.active[expert], panel, std::min(panels, gate_up_panels - panel));
     });
     gate_up_stage.wait();
-    down_stage.drain([&](int64_t task) {
-      const int64_t column = task * width, columns = std::min(width, shape.hidden - column);
+    down_stage.drain([&](int64_t, int64_t chunk) {
+      const int64_t column = chunk * width, columns = std::min(width, shape.hidden - column);
       float* block = blocks + worker * pairs * width;
       down_task(call, column, columns, block);
       sum_slots(call, weights, column, columns, block, slots + worker * shape.top_k, out);

@@ -18,10 +18,9 @@ inline int64_t num_tiles(int64_t n, PackTarget target) {
 
 template <class F>
 void for_each_tile(int64_t n, int64_t k, PackTarget target, F body) {
-  const int64_t tiles = num_tiles(n, target);
-  Stage stage(tiles);
+  SlicedStage stage(1, num_tiles(n, target));
   run(n * k > (1 << 16), [&](int) {
-    stage.drain(body);
+    stage.drain([&](int64_t, int64_t tile) { body(tile); });
     stage.wait();
   });
 }

@@ -138,6 +138,7 @@ class Pool {
       const uint64_t state = wait_for_job_after(seen);
       seen = state >> kJobShift;
       if (!enter(seen)) continue;
+      stay_on_node(id);
       if (id < limit_of_job_) function_(context_, id);
       state_.fetch_sub(1, std::memory_order_release);
     }
@@ -185,6 +186,18 @@ class Pool {
 }  // namespace
 
 void Stage::wait() const {
+  spin_until([this] { return done_.load(std::memory_order_acquire) == total_; });
+}
+
+SlicedStage::SlicedStage(int64_t repeats, int64_t parts)
+    : num_slices_((int)std::min<int64_t>(num_nodes(), std::max<int64_t>(parts, 1))), total_(repeats * parts) {
+  for (int i = 0; i < num_slices_; ++i) {
+    slices_[i].first = parts * i / num_slices_;
+    slices_[i].parts = parts * (i + 1) / num_slices_ - slices_[i].first;
+    slices_[i].total = repeats * slices_[i].parts;
+  }
+}
+void SlicedStage::wait() const {
   spin_until([this] { return done_.load(std::memory_order_acquire) == total_; });
 }
 

@@ -3,6 +3,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "topology.h"
+
 // A list of independent tasks that any worker may take, and the point where all of them are known to be done.
 class Stage {
  public:
@@ -24,6 +26,43 @@ class Stage {
  private:
   const int64_t total_;
   alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int64_t> done_{0};
+};
+
+// A Stage of repeats x parts tasks over a packed matrix that is sliced by memory node (topology.h): workers of the node
+// that holds a part take it; who has no more of its own helps the others. On one node, a Stage in order of repeats.
+class SlicedStage {
+ public:
+  SlicedStage(int64_t repeats, int64_t parts);
+  SlicedStage(const SlicedStage&) = delete;
+
+  // task(repeat, part)
+  template <class F>
+  void drain(F&& task) {
+    drain_as(this_node(), task);
+  }
+  template <class F>
+  void drain_as(int node, F&& task) {
+    for (int turn = 0; turn < num_slices_; ++turn) {
+      Slice& slice = slices_[(node + turn) % num_slices_];
+      for (;;) {
+        const int64_t i = slice.next.fetch_add(1, std::memory_order_relaxed);
+        if (i >= slice.total) break;
+        task(i / slice.parts, slice.first + i % slice.parts);
+        done_.fetch_add(1, std::memory_order_release);
+      }
+    }
+  }
+  void wait() const;
+
+ private:
+  struct alignas(64) Slice {
+    std::atomic<int64_t> next{0};
+    int64_t total, first, parts;
+  };
+  Slice slices_[kMaxNodes];
+  const int num_slices_;
+  const int64_t total_;
   alignas(64) std::atomic<int64_t> done_{0};
 };
 

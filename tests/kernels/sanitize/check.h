@@ -145,3 +145,4 @@ void check_attention(Outputs& outputs);
 void check_rows(Outputs& outputs);
 void check_router(Outputs& outputs);
 void check_refusals();
+void check_slices();

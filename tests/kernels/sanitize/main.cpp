@@ -72,12 +72,16 @@ void leave_a_thread_at_work() {
 }  // namespace
 
 int main() {
+  check_slices();
   for (const std::string& isa : supported_isas()) {
     select_isa(isa);
     set_num_threads(1);
     const Outputs expected = everything(true);
     set_num_threads(4);
     expect_same("more threads", expected);
+    set_nodes({{0}, {1}, {0, 1}});
+    expect_same("pretended memory nodes", expected);
+    set_nodes({});
     check_refusals();
     two_callers_while_the_pool_is_resized(expected);
     child_after_fork(expected);
