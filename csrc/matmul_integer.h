@@ -9,7 +9,7 @@ static constexpr int kIntegerTile = 6, kIntegerPanels = 2;
 #else
 static constexpr int kIntegerTile = 2, kIntegerPanels = 1;
 #endif
-static constexpr int64_t kIntegerChunk = 48, kIntegerBlockBytes = 16384;
+static constexpr int64_t kIntegerChunk = 48, kIntegerBlockBytes = 8192;
 
 struct IntegerTile {
   const char* rows[kIntegerTile];
@@ -97,10 +97,13 @@ static void integer_chunk(const MatmulArgs& a, int64_t first_row, int64_t num_ro
   const int64_t tiles = (num_rows + tile_rows - 1) / tile_rows, blocks = round_up(a.k, kRowBlock) / kRowBlock;
   const int64_t at_once = tiles > 1 ? kIntegerBlockBytes / (P * F::kBlockBytes) : blocks;
   t.num_lines = (P * F::kBlockBytes / 64 + tiles - 1) / tiles;
-  t.prefetch = tiles > 1 ? at_once * F::kBlockBytes : kStreamAhead;
   for (int64_t b = 0; b < blocks; b += at_once) {
     t.first_block = b;
     t.end_block = b + at_once < blocks ? b + at_once : blocks;
+    // Prefetch the following K block, or the first of the next panels; a single tile streams a fixed distance ahead.
+    t.prefetch = tiles == 1             ? kStreamAhead
+                 : t.end_block < blocks ? at_once * F::kBlockBytes
+                                        : P * a.panel_stride - b * F::kBlockBytes;
     int64_t row = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t end = num_rows * (tile + 1) / tiles;
