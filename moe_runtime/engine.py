@@ -76,7 +76,10 @@ class Engine:
 
     @classmethod
     def load(cls, model_dir: Path, config: EngineConfig) -> "Engine":
-        """Read everything a model folder holds. Raises CheckpointError or ConfigError."""
+        """Read everything a model folder holds. Raises CheckpointError or ConfigError.
+
+        On the cpu backend torch is left with one thread: ours do the work, torch's would spin beside them.
+        """
         tokenizer = Tokenizer.load(model_dir)
         # Before the weights: they take minutes. Their dtype does not matter here.
         _, model_config = loader.read_model_config(model_dir, "float32")
@@ -91,6 +94,8 @@ class Engine:
         if config.packed_file and chosen.backend == "cpu":
             store = PackedStore(model_dir, recipe, config.packed_dir, config.packed_verify)
         model = loader.load_model(model_dir, chosen, recipe, store)
+        if chosen.backend == "cpu":  # only now: loading converts weights on all of torch's threads
+            torch.set_num_threads(1)
         return cls(model, tokenizer, config, chat=chat, params=params, chooser=chosen.choose_token)
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:

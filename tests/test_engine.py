@@ -364,3 +364,12 @@ def test_the_echo_model_echoes(make_engine: Callable[..., Engine]) -> None:
         [[*b"canary\n"]], dataclasses.replace(GREEDY, max_tokens=12)
     )
     assert answer.text == "canary\ncanar"
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("cpu", 1), ("reference", 2)])
+def test_torch_keeps_one_thread_where_our_kernels_serve(tmp_path: Path, backend: str, expected: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    Engine.load(tiny_checkpoint(tmp_path), EngineConfig(num_blocks=32, backend=backend))
+    assert torch.get_num_threads() == expected
+    torch.set_num_threads(before)
