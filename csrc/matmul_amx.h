@@ -6,17 +6,20 @@
 // to the same bits, so that all tiles are full and one configuration serves. Four accumulators in either case: the
 // latency of TDPBF16PS is more than three times its 16 cycles.
 //
-// Traffic: 256 k of a panel are 16 KB of bf16, which stay in L1 while every row tile of the chunk passes by; the rows
-// come from L2, at 32 bytes per cycle of the 48 it gives. Sums travel from K block to K block through memory in L1.
-// Integer weights become such a block in a buffer once per (chunk, panel), see panels_amx.h.
+// Traffic: a K block of 256 k of a panel (128 k of two) is 16 KB of bf16, which stay in L1 while every row tile of the
+// chunk passes by; the rows come from L2, at 32 bytes per cycle of the 48 it gives. Sums travel from K block to K block
+// through memory in L1. Integer weights become such a block in a buffer, once per (chunk, panel): vector instructions
+// make the next block while the tiles multiply this one, step by step, so that neither waits for the other and memory is
+// asked for at an even pace (panels_amx.h).
 
 static constexpr int64_t kStepK = 32, kStepBytes = kStepK * kPanelColumns * 2;  // of one panel, per TDPBF16PS
 static constexpr int64_t kTileRows = 16, kTileBytes = 1024;
-static constexpr int64_t kBlockSteps = 8;
+template <int A>
+static constexpr int64_t kBlockSteps = 4 * A;  // of 32 k, for A row tiles at once
 static constexpr int64_t kTileChunk = 192;               // rows whose sums of one panel stay in L1
 static constexpr int64_t kMaxRowTiles = kTileChunk / kTileRows;
 static constexpr int64_t kGatherBytes = 768 << 10;       // half of L2 at most: 192 rows of 2048 k
-static constexpr int64_t kTileAhead = 2 * kStepBytes;    // of a panel that is read once
+static constexpr int64_t kTileAhead = 4096;              // bytes of a panel that is read once
 
 // Activation rows [first, first + num_rows) as tile loads find them.
 struct RowTiles {
@@ -108,36 +111,21 @@ static inline void dot_step(const char* row0, const char* row1, int64_t stride, 
   }
 }
 
-// Lines to bring in while multiplying, `lines` per step and panel; they lie `ahead` bytes behind what is read.
-struct Prefetch {
-  int64_t ahead, lines;
-  bool stream;  // to L1, for use at once; else to L2
-};
-
-static inline void prefetch_lines(const char* line, const Prefetch& prefetch) {
-  if (prefetch.stream) {
-    for (int64_t i = 0; i < prefetch.lines; ++i) _mm_prefetch(line + prefetch.ahead + i * 64, _MM_HINT_T0);
-  } else {
-    for (int64_t i = 0; i < prefetch.lines; ++i) _mm_prefetch(line + prefetch.ahead + i * 64, _MM_HINT_T1);
-  }
-}
-
 // Steps [first, end) of row tiles [tile, tile + A). `panel` is step `first` of the first panel as bf16, the second lies
 // `distance` behind it.
-template <int A, int P>
+template <int A, int P, class W>
 static inline void dot_steps(const RowTiles& rows, int64_t tile, int64_t first, int64_t end, const char* panel,
-                             int64_t distance, const Prefetch& prefetch) {
+                             int64_t distance, W& weights) {
   const int64_t stride = rows.stride, step = rows.step, whole = rows.last && end == rows.steps ? end - 1 : end;
   const char *row0 = rows.tile[tile] + first * step, *row1 = A == 2 ? rows.tile[tile + 1] + first * step : nullptr;
   for (int64_t s = first; s < whole; ++s) {
-    prefetch_lines(panel, prefetch);
-    if constexpr (P == 2) prefetch_lines(panel + distance, prefetch);
+    weights.bring_next(s, tile / A);
     dot_step<A, P>(row0, row1, stride, panel, panel + distance);
     row0 += step;
     row1 += step;
     panel += kStepBytes;
   }
-  if (whole < end) {
+  if (whole < end) {  // the last of all: nothing comes next
     const char* last = rows.last + tile * kTileBytes;
     dot_step<A, P>(last, last + kTileBytes, kStepK * 2, panel, panel + distance);
   }
@@ -162,31 +150,30 @@ static constexpr int64_t kSumsOf = A * P * kTileRows * kPanelColumns;  // floats
 #include "panels_amx.h"
 
 // sums[row block][panel][A * 16 rows][32] over the whole K, without the columns' own scales.
-template <template <int> class Weights, int A, int P>
+template <template <int, int> class Weights, int A, int P>
 static void multiply_row_tiles(const MatmulArgs& args, const RowTiles& rows, int64_t panel, float* sums) {
-  using W = Weights<P>;
-  W weights(args, panel);
-  GroupSums<A, P> groups;
+  using W = Weights<A, P>;
   const int64_t row_blocks = num_row_tiles(rows.num_rows) / A;
+  W weights(args, panel, row_blocks);
+  GroupSums<A, P> groups;
   const bool alone = row_blocks == 1;  // its sums then stay in the tiles
-  for (int64_t first = 0; first < rows.steps; first += kBlockSteps) {
-    const int64_t end = first + kBlockSteps < rows.steps ? first + kBlockSteps : rows.steps;
-    const char* block = weights.block(first, end);
+  for (int64_t first = 0; first < rows.steps; first += kBlockSteps<A>) {
+    const int64_t end = first + kBlockSteps<A> < rows.steps ? first + kBlockSteps<A> : rows.steps;
+    const char* block = weights.block(first);
     for (int64_t i = 0; i < row_blocks; ++i) {
       float* own = sums + i * kSumsOf<A, P>;
-      const Prefetch prefetch = weights.prefetch(i, row_blocks, first, end, rows.steps);
       if constexpr (W::kGrouped) {
         for (int64_t s = first; s < end; s += weights.group_steps()) {
           const int64_t group_end = s + weights.group_steps() < end ? s + weights.group_steps() : end;
           move_sums<A, P, Move::kZero>(nullptr);
-          dot_steps<A, P>(rows, i * A, s, group_end, block + (s - first) * kStepBytes, weights.distance(), prefetch);
+          dot_steps<A, P>(rows, i * A, s, group_end, block + (s - first) * kStepBytes, weights.distance(), weights);
           groups.add_pending();
           move_sums<A, P, Move::kStore>(groups.next(own, weights, s, rows.num_rows));
         }
       } else {
         if (first == 0) move_sums<A, P, Move::kZero>(nullptr);
         else if (!alone) move_sums<A, P, Move::kLoad>(own);
-        dot_steps<A, P>(rows, i * A, first, end, block, weights.distance(), prefetch);
+        dot_steps<A, P>(rows, i * A, first, end, block, weights.distance(), weights);
         if (!alone || end == rows.steps) move_sums<A, P, Move::kStore>(own);
       }
     }
@@ -198,7 +185,7 @@ struct HiddenBF16 {
   static constexpr int kRow = kRowBFloat16;
 };
 
-template <template <int> class Weights, bool GATE_UP, int A, int P>
+template <template <int, int> class Weights, bool GATE_UP, int A, int P>
 static void tile_panels(const MatmulArgs& args, const RowTiles& rows, int64_t panel, float* sums) {
   multiply_row_tiles<Weights, A, P>(args, rows, panel, sums);
   for (int64_t t = 0; t < num_row_tiles(rows.num_rows); ++t) {
@@ -207,7 +194,7 @@ static void tile_panels(const MatmulArgs& args, const RowTiles& rows, int64_t pa
     for (int64_t r = t * kTileRows; r < first + kTileRows && r < rows.num_rows; ++r) {
       for (int64_t p = 0; p < P; ++p) {
         float* own = sums + (t / A * P + p) * (kSumsOf<A, 1>) + (t % A * kTileRows + r - first) * kPanelColumns;
-        Weights<P>::scale_columns(args, panel + p, own);
+        Weights<A, P>::scale_columns(args, panel + p, own);
         if (GATE_UP) store_gate_up<HiddenBF16>(args, rows.first + r, panel + p, own, kPanelColumns);
         else store_plain(args, rows.first + r, panel + p, own, kPanelColumns);
       }
@@ -215,7 +202,7 @@ static void tile_panels(const MatmulArgs& args, const RowTiles& rows, int64_t pa
   }
 }
 
-template <template <int> class Weights, bool GATE_UP>
+template <template <int, int> class Weights, bool GATE_UP>
 static void tile_rows(const MatmulArgs& args, const RowTiles& rows) {
   alignas(64) float sums[kTileChunk * kPanelColumns];
   TileConfig config = {};
@@ -235,14 +222,14 @@ static void tile_rows(const MatmulArgs& args, const RowTiles& rows) {
   }
 }
 
-template <template <int> class Weights, bool GATE_UP>
+template <template <int, int> class Weights, bool GATE_UP>
 static __attribute__((noinline)) void gathered_tile_rows(const MatmulArgs& args, RowTiles* rows) {
   alignas(64) char gathered[kGatherBytes];  // of the stack: used by the calls that need it, freed with them
   gather_rows(args, gathered, rows);
   tile_rows<Weights, GATE_UP>(args, *rows);
 }
 
-template <template <int> class Weights, bool GATE_UP>
+template <template <int, int> class Weights, bool GATE_UP>
 static void tile_matmul(const MatmulArgs* args) {
   alignas(64) char last[kMaxRowTiles * kTileBytes];
   RowTiles rows;

@@ -7,32 +7,41 @@
 // weight would take about 17: with few rows this is what decides. And the weights are those of the checkpoint, exactly.
 
 // Panels [panel, panel + P) of a bf16 matrix.
-template <int P>
+template <int A, int P>
 class PanelsBF16 {
  public:
   static constexpr bool kGrouped = false;
-  PanelsBF16(const MatmulArgs& args, int64_t panel)
-      : panels_(args.panels + panel * args.panel_stride), stride_(args.panel_stride) {}
+  PanelsBF16(const MatmulArgs& args, int64_t panel, int64_t row_blocks)
+      : panels_(args.panels + panel * args.panel_stride), stride_(args.panel_stride),
+        steps_((args.k + kStepK - 1) / kStepK), row_blocks_(row_blocks) {}
 
-  // Steps [first, end) of the first panel, and how far behind it the second lies.
-  const char* block(int64_t first, int64_t) { return panels_ + first * kStepBytes; }
+  // The K block that begins with step `first`, of the first panel, and how far behind it that of the second lies.
+  const char* block(int64_t first) const { return panels_ + first * kStepBytes; }
   int64_t distance() const { return stride_; }
 
-  // A lone row block reads each line once and runs a fixed distance ahead. Several share out the lines of the next K
-  // block, or of the first block of the next panels.
-  Prefetch prefetch(int64_t row_block, int64_t row_blocks, int64_t first, int64_t end, int64_t steps) const {
+  // While row block `row_block` is multiplied with step s. A lone row block reads each line once and runs a fixed
+  // distance ahead. Several share out the lines of the next K block, or of the first block of the next panel.
+  void bring_next(int64_t s, int64_t row_block) const {
     constexpr int64_t lines = kStepBytes / 64;
-    if (row_blocks == 1) return {kTileAhead, lines, true};
-    const int64_t next = end < steps ? (end - first) * kStepBytes : P * stride_ - first * kStepBytes;
-    const int64_t from = lines * row_block / row_blocks, to = lines * (row_block + 1) / row_blocks;
-    return {next + from * 64, to - from, false};
+    const char* panel = panels_ + s * kStepBytes;
+    if (row_blocks_ == 1) {
+      for (int p = 0; p < P; ++p) {
+        for (int64_t i = 0; i < lines; ++i) _mm_prefetch(panel + p * stride_ + kTileAhead + i * 64, _MM_HINT_T0);
+      }
+      return;
+    }
+    const int64_t first = s / kBlockSteps<A> * kBlockSteps<A>;
+    const bool last = first + kBlockSteps<A> >= steps_;
+    panel += last ? P * stride_ - first * kStepBytes : kBlockSteps<A> * kStepBytes;
+    const int64_t from = lines * row_block / row_blocks_, to = lines * (row_block + 1) / row_blocks_;
+    for (int64_t i = from; i < to; ++i) _mm_prefetch(panel + i * 64, _MM_HINT_T1);
   }
 
   static void scale_columns(const MatmulArgs&, int64_t, float*) {}
 
  private:
   const char* panels_;
-  int64_t stride_;
+  int64_t stride_, steps_, row_blocks_;
 };
 
 // 64 bytes of int8: 16 columns x 4 k -> two rows of pairs. A code in the low bits of 2^23 is 2^23 + code, exactly.
@@ -79,32 +88,24 @@ static inline void widen_int4(const char* codes, __m512i table, __m512i shift, c
   _mm512_store_si512(to + 384, _mm512_permutexvar_epi16(_mm512_srli_epi16(high, 8), table));
 }
 
-// Panels [panel, panel + P) of an int8 or int4 matrix, 256 k at a time in a buffer.
-template <int P, int KIND, bool ZEROS>
+// Panels [panel, panel + P) of an int8 or int4 matrix, a K block at a time in one of two buffers.
+template <int A, int P, int KIND, bool ZEROS>
 class PanelsInteger {
  public:
   static constexpr bool kGrouped = KIND == kInt4;
-  PanelsInteger(const MatmulArgs& args, int64_t panel)
+  PanelsInteger(const MatmulArgs& args, int64_t panel, int64_t)
       : panels_(args.panels + panel * args.panel_stride), stride_(args.panel_stride),
         header_(header_bytes(args.k, args.format)), zeros_(zeros_offset(args.k, args.format)),
         group_shift_(format_group(args.format) / 64), steps_((args.k + kStepK - 1) / kStepK),
-        table_(ZEROS ? bf16_numbers(-16, 0) : bf16_numbers(-8, -8)) {}
-
-  const char* block(int64_t first, int64_t end) {
-    const bool last = end == steps_;
-    for (int p = 0; p < P; ++p) {
-      const char* panel = panels_ + p * stride_;
-      // While a block is made, the next comes: of this panel, or the first of the panels after it, with their header.
-      const int64_t ahead = last ? P * stride_ - first * kCodeBytes : kBlockSteps * kCodeBytes;
-      for (int64_t i = 0; last && i < header_; i += 64) _mm_prefetch(panel + P * stride_ + i, _MM_HINT_T0);
-      for (int64_t s = first; s < end; ++s) {
-        step(panel, s, panel + header_ + s * kCodeBytes, ahead, buffer_ + (p * kBlockSteps + s - first) * kStepBytes);
-      }
-    }
-    return buffer_;
+        table_(ZEROS ? bf16_numbers(-16, 0) : bf16_numbers(-8, -8)) {
+    for (int64_t s = 0; s < kBlockSteps<A> && s < steps_; ++s) widen(s);
   }
-  int64_t distance() const { return kBlockSteps * kStepBytes; }
-  Prefetch prefetch(int64_t, int64_t, int64_t, int64_t, int64_t) const { return {}; }
+
+  const char* block(int64_t first) const { return buffer_ + place(first); }
+  int64_t distance() const { return kBlockSteps<A> * kStepBytes; }
+  void bring_next(int64_t s, int64_t row_block) {
+    if (row_block == 0 && s + kBlockSteps<A> < steps_) widen(s + kBlockSteps<A>);
+  }
 
   // int4: 32 k that share a scale, and their 32 columns' scales.
   int64_t group_steps() const { return 1 << group_shift_; }
@@ -121,12 +122,33 @@ class PanelsInteger {
  private:
   static constexpr int64_t kCodeBytes = kStepK * kPanelColumns / (KIND == kInt4 ? 2 : 1);  // of a step
 
-  void step(const char* panel, int64_t s, const char* codes, int64_t ahead, char* to) const {
+  // [block, even or odd][panel][step of the block]
+  static int64_t place(int64_t s) {
+    return (s / kBlockSteps<A> % 2 * P * kBlockSteps<A> + s % kBlockSteps<A>) * kStepBytes;
+  }
+
+  void widen(int64_t s) {
+    constexpr int64_t kAhead = kTileAhead / kCodeBytes;  // steps
+    for (int p = 0; p < P; ++p) {
+      const char* panel = panels_ + p * stride_;
+      // What will be widened some steps from now: of this panel, or of the one after these, and its header.
+      const bool last = s + kAhead >= steps_;
+      const char* next = panel + header_ + (s + kAhead) * kCodeBytes;
+      if (last) next += P * stride_ - steps_ * kCodeBytes;
+      if (s + kAhead == steps_) {
+        for (int64_t i = 0; i < header_; i += 64) _mm_prefetch(panel + P * stride_ + i, _MM_HINT_T0);
+      }
+      widen_step(panel, s, next, buffer_ + place(s) + p * distance());
+    }
+  }
+
+  void widen_step(const char* panel, int64_t s, const char* next, char* to) const {
+    const char* codes = panel + header_ + s * kCodeBytes;
     const __m512i table = table_;  // what is stored below could, for all the compiler knows, be this object
     for (int tile = 0; tile < 2; ++tile) {
       const __m512i shift = ZEROS ? zero_shift(panel, s, tile) : _mm512_setzero_si512();
       for (int64_t at = tile * 64; at < kCodeBytes; at += 128) {
-        _mm_prefetch(codes + at + ahead, _MM_HINT_T0);
+        _mm_prefetch(next + at, _MM_HINT_T0);
         if (KIND == kInt8) widen_int8(codes + at, to + at / 128 * 256 + tile * 64);
         else widen_int4<ZEROS>(codes + at, table, shift, to + at / 128 * 512 + tile * 64);
       }
@@ -142,15 +164,15 @@ class PanelsInteger {
   const char* panels_;
   int64_t stride_, header_, zeros_, group_shift_, steps_;  // a group is 32 << group_shift_ k
   __m512i table_;
-  alignas(64) char buffer_[P * kBlockSteps * kStepBytes];
+  alignas(64) char buffer_[2 * P * kBlockSteps<A> * kStepBytes];
 };
 
-template <int P>
-using PanelsInt8 = PanelsInteger<P, kInt8, false>;
-template <int P>
-using PanelsInt4 = PanelsInteger<P, kInt4, false>;
-template <int P>
-using PanelsInt4Zeros = PanelsInteger<P, kInt4, true>;
+template <int A, int P>
+using PanelsInt8 = PanelsInteger<A, P, kInt8, false>;
+template <int A, int P>
+using PanelsInt4 = PanelsInteger<A, P, kInt4, false>;
+template <int A, int P>
+using PanelsInt4Zeros = PanelsInteger<A, P, kInt4, true>;
 
 // The products of one scale group, stored when the tiles have them, scaled into the sums one group later.
 template <int A, int P>
