@@ -1,9 +1,8 @@
-// The only file that knows Python: a table of functions over raw addresses. moe_runtime/kernels/cpu.py has checked
-// every tensor before its address comes here; the GIL is released while a kernel runs.
-#include <pybind11/pybind11.h>
+// A table of functions over raw addresses. moe_runtime/kernels/cpu.py has checked every tensor before its address comes
+// here; the GIL is released while a kernel runs.
 #include <pybind11/stl.h>
-#include <unistd.h>
 
+#include "bindings.h"
 #include "cpu_features.h"
 #include "cpu_quota.h"
 #include "errors.h"
@@ -11,39 +10,11 @@
 #include "ops.h"
 #include "thread_pool.h"
 
-namespace py = pybind11;
-
 namespace {
-
-typedef uintptr_t Address;
-const float* floats(Address a) { return reinterpret_cast<const float*>(a); }
-float* floats_out(Address a) { return reinterpret_cast<float*>(a); }
-const int32_t* ints(Address a) { return reinterpret_cast<const int32_t*>(a); }
-const char* bytes(Address a) { return reinterpret_cast<const char*>(a); }
-char* bytes_out(Address a) { return reinterpret_cast<char*>(a); }
 
 void raise_as(const char* name, const std::exception& error) {
   PyErr_SetString(py::module_::import("moe_runtime.errors").attr(name).ptr(), error.what());
 }
-
-// Lets other Python threads run meanwhile. As py::gil_scoped_release, but for this: a daemon thread that comes back
-// from a kernel while the interpreter shuts down is told to end by an unwinding that Python starts in
-// PyEval_RestoreThread, and unwinding through C++ would abort the process. Such a thread sleeps until the process ends.
-class NoGil {
- public:
-  NoGil() : state_(PyEval_SaveThread()) {}
-  NoGil(const NoGil&) = delete;
-  ~NoGil() noexcept(false) {
-    try {
-      PyEval_RestoreThread(state_);
-    } catch (...) {
-      for (;;) pause();
-    }
-  }
-
- private:
-  PyThreadState* state_;
-};
 
 }  // namespace
 
@@ -148,4 +119,5 @@ PYBIND11_MODULE(_C, m) {
               {blocks, kv_heads, block_size, key_dim, value_dim, dtype}, ints(positions),
               ints(sequence_rows), ints(tables), sequences, max_blocks, scale, floats_out(out));
   }, no_gil);
+  bind_step(m);
 }

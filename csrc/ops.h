@@ -48,7 +48,7 @@ struct SamplingRules {
 };
 int64_t choose_token(const float* logits, int64_t size, const SamplingRules& rules);
 
-// rows.cpp
+// rows.cpp. `out` of rms_norm may be `x` where there is no residual, and `total` may be `residual`.
 void rms_norm(const float* x, const float* residual, const float* weight, double eps, int64_t rows, int64_t dim,
               float* out, float* total);
 void silu_mul(const float* gate, const float* up, int64_t count, float* out);

@@ -1,27 +1,10 @@
 // Operations on independent rows: norms, SwiGLU, rotary positions, cache writes.
-#include <algorithm>
 #include <string>
 
 #include "cpu_features.h"
 #include "errors.h"
 #include "ops.h"
-#include "thread_pool.h"
-
-namespace {
-
-constexpr int64_t kParallelFrom = 1 << 16;  // floats
-
-template <class F>
-void for_row_chunks(int64_t rows, int64_t row_size, F body) {
-  const int64_t chunk = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, row_size));
-  Stage stage((rows + chunk - 1) / chunk);
-  run(rows * row_size >= kParallelFrom, [&](int) {
-    stage.drain([&](int64_t task) { body(task * chunk, std::min(rows, (task + 1) * chunk)); });
-    stage.wait();
-  });
-}
-
-}  // namespace
+#include "row_tasks.h"
 
 void rms_norm(const float* x, const float* residual, const float* weight, double eps, int64_t rows, int64_t dim,
               float* out, float* total) {

@@ -94,6 +94,10 @@ class Kernels:
     attention: Operation
     choose_token: Operation | None  # the draw of a token, where there is a faster one than sampling.py's
 
+    def all_from(self, backend: str) -> bool:
+        """Whether every operation is this backend's, none overridden."""
+        return all(getattr(self, name) is row[backend] for name, row in OPS.items())
+
 
 def choose(backend: str = "auto", overrides: Mapping[str, str] = MappingProxyType({})) -> Kernels:
     """The functions of one backend, with single operations overridden, e.g. ``{"attention": "reference"}``.

@@ -42,7 +42,7 @@ class Attention:
     ) -> None:
         self._kernels = kernels
         self.config = config
-        self._scale = config.head_dim**-0.5
+        self.scale = config.head_dim**-0.5
         widths = [
             heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         ]
@@ -97,7 +97,7 @@ class Attention:
             batch.positions,
             batch.sequence_rows,
             batch.block_tables,
-            self._scale,
+            self.scale,
         )
         return self.output(mixed.view(x.shape[0], self._split[0]))
 

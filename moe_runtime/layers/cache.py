@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy
 import torch
 
+from moe_runtime.kernels.step import StepProgram
 from moe_runtime.layers.rope import Rotation
 
 
@@ -27,10 +28,14 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class Cache:
-    """One LayerCache per layer, and the rotation of every position that fits into it."""
+    """One LayerCache per layer, and the rotation of every position that fits into it.
+
+    ``program`` runs the whole model over this cache; without one the layers are called one by one.
+    """
 
     layers: tuple[LayerCache, ...]
     rotation: Rotation
+    program: StepProgram | None = None
 
     @property
     def num_bytes(self) -> int:

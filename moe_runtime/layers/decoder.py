@@ -16,6 +16,7 @@ from moe_runtime.kernels import Kernels
 from moe_runtime.layers.cache import Cache, LayerCache
 from moe_runtime.layers.linear import Embedding, Linear, Rows, TiedHead
 from moe_runtime.layers.norm import RmsNorm
+from moe_runtime.layers.program import build_program
 from moe_runtime.layers.rope import Rotation, build_rotation
 from moe_runtime.layers.slots import Slot
 from moe_runtime.model_config import ModelConfig
@@ -70,6 +71,7 @@ class Decoder:
         blocks: Sequence[Block],
         names: DecoderNames = DecoderNames(),  # noqa: B008 (frozen)
     ) -> None:
+        self._kernels = kernels
         self.config = config
         self.blocks = tuple(blocks)
         self._names = names
@@ -83,12 +85,25 @@ class Decoder:
                 kernels, config.hidden_size, [Rows(names.head, config.vocab_size)], part="lm_head"
             )
 
-    @torch.inference_mode()
     def forward(self, batch: Batch, cache: Cache) -> torch.Tensor:
         """Logits float32 [R, V] of the R rows in ``batch.logit_rows``; fills the cache for all T tokens.
 
         A row's logits do not depend on the other rows. T = 0 is not a batch.
         """
+        if cache.program is None:
+            return self._forward(batch, cache)
+        return cache.program.run(
+            batch.token_ids,
+            batch.positions,
+            batch.slots,
+            batch.sequence_rows,
+            batch.block_tables,
+            batch.logit_rows,
+        )
+
+    @torch.inference_mode()
+    def _forward(self, batch: Batch, cache: Cache) -> torch.Tensor:
+        """What ``cache.program`` computes, layer by layer: to be read, and for other kernels."""
         rows = batch.logit_rows
         # 1. Tokens to vectors; the residual stream is float32 from here on.
         residual = self.embedding(batch.token_ids)
@@ -129,13 +144,15 @@ class Decoder:
 
     def new_cache(self, num_blocks: int, block_size: int) -> Cache:
         """A zeroed cache of ``num_blocks`` blocks of ``block_size`` tokens: bfloat16 for bfloat16 weights,
-        else float32.
+        else float32. The weights must be there: with the C++ kernels the cache brings its program.
         """
         layers = tuple(
             block.attention.new_cache(num_blocks, block_size, self._cache_dtype) for block in self.blocks
         )
         positions = min(num_blocks * block_size, self.config.max_position_embeddings)
-        return Cache(layers, build_rotation(self.config.rope, positions))
+        rotation = build_rotation(self.config.rope, positions)
+        program = build_program(self, layers, rotation) if self._kernels.all_from("cpu") else None
+        return Cache(layers, rotation, program)
 
     def cache_bytes_per_block(self, block_size: int) -> int:
         floats = sum(block.attention.cache_floats_per_token for block in self.blocks)

@@ -34,7 +34,7 @@ class LatentAttention:
         self._kernels = kernels
         self.config = config
         head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-        self._scale = head_dim**-0.5 * softmax_scale
+        self.scale = head_dim**-0.5 * softmax_scale
         self._latent_dim = config.kv_lora_rank + config.qk_rope_head_dim
         query_dim = config.num_heads * head_dim
         latent = Rows(f"{prefix}.kv_a_proj_with_mqa", self._latent_dim, config.bias)
@@ -88,7 +88,7 @@ class LatentAttention:
             batch.positions,
             batch.sequence_rows,
             batch.block_tables,
-            self._scale,
+            self.scale,
             v_dim=rank,
         )
         return self.output(self.expand(mixed).reshape(x.shape[0], -1))

@@ -14,12 +14,12 @@ class RmsNorm:
     def __init__(self, kernels: Kernels, name: str, size: int, eps: float) -> None:
         self._kernels = kernels
         self._name = name
-        self._eps = eps
+        self.eps = eps
         self._size = size
         self.weight: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self._kernels.rms_norm(x, self.weight, self._eps)
+        result: torch.Tensor = self._kernels.rms_norm(x, self.weight, self.eps)
         return result
 
     def add(self, update: torch.Tensor | None, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,7 +27,7 @@ class RmsNorm:
         if update is None:
             return self(residual), residual
         result: tuple[torch.Tensor, torch.Tensor]
-        result = self._kernels.add_rms_norm(update, residual, self.weight, self._eps)
+        result = self._kernels.add_rms_norm(update, residual, self.weight, self.eps)
         return result
 
     def slots(self) -> Iterator[Slot]:
