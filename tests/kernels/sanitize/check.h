@@ -144,5 +144,7 @@ void check_moe(Outputs& outputs);
 void check_attention(Outputs& outputs);
 void check_rows(Outputs& outputs);
 void check_router(Outputs& outputs);
+void check_sampling(Outputs& outputs);
+void check_checksums(Outputs& outputs);
 void check_refusals();
 void check_slices();
