@@ -41,8 +41,9 @@ struct Topology {
   Nodes nodes;
   std::vector<uint8_t> node_of;  // by CPU
   std::vector<int> node_of_worker;
+  const Topology* replaced;  // never freed: a thread may be reading it
 
-  explicit Topology(const Nodes& given) : nodes(given) {
+  explicit Topology(const Nodes& given, const Topology* before = nullptr) : nodes(given), replaced(before) {
     if (nodes.empty()) nodes.push_back({});
     size_t most = 0;
     for (size_t node = 0; node < nodes.size(); ++node) {
@@ -61,7 +62,7 @@ struct Topology {
   }
 };
 
-// Replaced by tests only, and never freed: a thread may be reading the old one.
+// Replaced by tests only.
 std::atomic<const Topology*> in_use{nullptr};
 
 const Topology& topology() {
@@ -96,7 +97,7 @@ Nodes read_nodes(const std::string& root) {
 Nodes nodes() { return topology().nodes; }
 void set_nodes(const Nodes& nodes) {
   const Nodes wanted = nodes.empty() ? read_nodes("/sys/devices/system/node") : nodes;
-  in_use.store(new Topology(wanted), std::memory_order_release);
+  in_use.store(new Topology(wanted, in_use.load()), std::memory_order_release);
 }
 
 int num_nodes() { return (int)std::min<size_t>(topology().nodes.size(), kMaxNodes); }
