@@ -67,15 +67,30 @@ def line(row: dict[str, Any]) -> str:
 
 
 def save(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Into ``path``; rows of earlier runs on the same processor stay unless measured again, so that hours of
-    grid can be run in parts.
+    """Into ``path``: rows one per line, and the commit and command of each run. Rows of earlier runs on the
+    same machine stay unless measured again, so that hours of grid can be run in parts.
     """
     kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    runs: dict[str, dict[str, str]] = {}
     if path.exists():
         before = json.loads(path.read_text())
         if all(before["machine"][name] == about[name] for name in ("cpu", "cores", "memory_gib")):
-            kept = {tuple(each[name] for name in KEY): each for each in before["rows"]}
-    run = {name: about[name] for name in ("commit", "date", "command")}
-    kept |= {tuple(each[name] for name in KEY): {**each, "run": run} for each in rows}
+            kept, runs = {_key(each): each for each in before["rows"]}, before["runs"]
+    runs[about["date"]] = {name: about[name] for name in ("commit", "command")}
+    kept |= {_key(each): {**_rounded(each), "run": about["date"]} for each in rows}
+    runs = {date: run for date, run in runs.items() if any(each["run"] == date for each in kept.values())}
+    head = json.dumps({"machine": about, "runs": runs}, indent=1).removesuffix("\n}")
+    lines = ",\n".join(json.dumps(each) for each in kept.values())
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": about, "rows": list(kept.values())}, indent=1) + "\n")
+    path.write_text(f'{head},\n "rows": [\n{lines}\n]}}\n')
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to five digits: more is noise."""
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
