@@ -7,7 +7,7 @@ The calls of a row walk through the set, so a weight is read again only after ev
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -111,6 +111,10 @@ def experts_set(layer: Layer, weight_format: WeightFormat, num_bytes: int) -> li
     return layers
 
 
+def set_bytes(weights: Sequence[PackedLinear | PackedExperts]) -> int:
+    return sum(each.num_bytes for each in weights)
+
+
 def num_calls(case_bytes: float, num_bytes: int) -> int:
     """So many that the calls read the whole set before the first comes again."""
     return min(max(-int(-num_bytes // case_bytes), 4), MAX_CALLS)
@@ -131,7 +135,7 @@ def linear(case: Case, sets: WorkingSets) -> Workload:
     rows = inputs(case.tokens, k)
     calls: list[Call] = [functools.partial(KERNELS.linear, next(rows), weight) for weight in weights]
     num_bytes = weights[0].num_bytes + 4 * case.tokens * (n + k)
-    return Workload(calls, num_bytes, 2 * case.tokens * n * k, weight_format, len(weights) * num_bytes)
+    return Workload(calls, num_bytes, 2 * case.tokens * n * k, weight_format, set_bytes(weights))
 
 
 def routing(layer: Layer, tokens: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -169,7 +173,8 @@ def experts(case: Case, sets: WorkingSets) -> Workload:
     parameters = 3 * layer.hidden * layer.intermediate
     num_bytes = active * per_expert + 8 * case.tokens * layer.hidden
     operations = 2 * case.tokens * layer.top_k * parameters
-    return Workload(calls, num_bytes, operations, weight_format, len(calls) * num_bytes)
+    seen = min(len(calls) * num_bytes, set_bytes(layers))
+    return Workload(calls, num_bytes, operations, weight_format, seen)
 
 
 def lm_head_sample(case: Case, sets: WorkingSets) -> Workload:
@@ -186,7 +191,7 @@ def lm_head_sample(case: Case, sets: WorkingSets) -> Workload:
     rows = inputs(case.tokens, k)
     calls: list[Call] = [functools.partial(call, next(rows), weight) for weight in weights]
     num_bytes = weights[0].num_bytes + 4 * case.tokens * (2 * n + k)
-    return Workload(calls, num_bytes, 2 * case.tokens * n * k, weight_format, len(weights) * num_bytes)
+    return Workload(calls, num_bytes, 2 * case.tokens * n * k, weight_format, set_bytes(weights))
 
 
 # --- attention ----------------------------------------------------------------------------------------------
@@ -232,7 +237,8 @@ def attention(case: Case, sets: WorkingSets) -> Workload:
     num_bytes += 4 * case.tokens * layer.heads * (layer.key_dim + (layer.latent_value or layer.key_dim))
     seen = sequences * length if decode else length * (length + 1) // 2  # (query, key) pairs
     operations = 2 * seen * layer.heads * (layer.key_dim + (layer.latent_value or layer.key_dim))
-    return Workload(calls, num_bytes, operations, ATTENTION_KIND, len(calls) * num_bytes)
+    cached = sum(part.numel() * part.element_size() for part in (keys, values) if part is not None)
+    return Workload(calls, num_bytes, operations, ATTENTION_KIND, min(len(calls) * num_bytes, cached))
 
 
 # --- rows ---------------------------------------------------------------------------------------------------
@@ -272,7 +278,7 @@ def router(case: Case, sets: WorkingSets) -> Workload:
     calls: list[Call] = [functools.partial(call, next(rows), weight) for weight in weights]
     num_bytes = weights[0].num_bytes + 4 * case.tokens * layer.hidden
     operations = 2 * case.tokens * layer.experts * layer.hidden
-    return Workload(calls, num_bytes, operations, weight_format, len(weights) * num_bytes)
+    return Workload(calls, num_bytes, operations, weight_format, set_bytes(weights))
 
 
 BUILDERS: dict[str, Callable[[Case, WorkingSets], Workload]] = {
