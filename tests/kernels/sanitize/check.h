@@ -144,6 +144,7 @@ void check_moe(Outputs& outputs);
 void check_attention(Outputs& outputs);
 void check_rows(Outputs& outputs);
 void check_router(Outputs& outputs);
+void check_step(Outputs& outputs);
 void check_sampling(Outputs& outputs);
 void check_checksums(Outputs& outputs);
 void check_refusals();

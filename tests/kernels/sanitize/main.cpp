@@ -22,6 +22,7 @@ Outputs everything(bool naive) {
   check_attention(outputs);
   check_rows(outputs);
   check_router(outputs);
+  check_step(outputs);
   check_sampling(outputs);
   check_checksums(outputs);
   return outputs;
