@@ -7,6 +7,7 @@ used as paths. Knows nothing of models.
 
 import mmap
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.entries: dict[str, TensorEntry] = {}
         self._maps: dict[Path, mmap.mmap] = {}
+        self._lock = threading.Lock()
         files, index = _list_files(folder)
         for path in files:
             for entry in read_header(path):
@@ -79,18 +81,24 @@ class Checkpoint:
 
     def read(self, entry: TensorEntry) -> torch.Tensor:
         """A view of the mapped file in the stored dtype and shape; valid as long as anybody holds it."""
-        mapped = self._maps.get(entry.path)
-        if mapped is None:
-            with entry.path.open("rb") as file:
-                # Copy-on-write, which torch wants and nobody uses: private pages are only made by writing.
-                mapped = self._maps[entry.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            mapped.madvise(mmap.MADV_SEQUENTIAL)
+        mapped = self._map(entry.path)
         dtype = DTYPES[entry.dtype]
         if entry.start % dtype.itemsize:  # legal, if unusual
             raw = torch.frombuffer(mapped, dtype=torch.uint8, count=entry.num_bytes, offset=entry.start)
             return raw.clone().view(dtype).view(entry.shape)
         count = entry.num_bytes // dtype.itemsize
         return torch.frombuffer(mapped, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
+
+    def _map(self, path: Path) -> mmap.mmap:
+        with self._lock:
+            mapped = self._maps.get(path)
+            if mapped is None:
+                with path.open("rb") as file:
+                    # Copy-on-write, which torch wants and nobody uses: private pages are only made by
+                    # writing.
+                    mapped = self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                mapped.madvise(mmap.MADV_SEQUENTIAL)
+            return mapped
 
     def drop(self, entry: TensorEntry) -> None:
         """Give the pages of a tensor back to the system; reading it again would fetch them again."""

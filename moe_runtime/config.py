@@ -53,6 +53,14 @@ class EngineConfig:
     quantize_group: int = option(128, "weights that share an int4 scale: 32, 64 or 128")
     quantize_zeros: bool = option(False, "int4 with a zero point per group: 0.06 bits more per weight at 128")
 
+    quantize_statistics: Path | None = option(
+        None, "file of `python -m moe_runtime.quant.statistics`: int4 rounds for what the layers really read"
+    )
+    max_quant_kl: float | None = option(
+        None,
+        "largest mean KL divergence, in nats, of the quantised model from the full one on a short text; more "
+        "is refused at start. Measured once, which loads the full model first",
+    )
     packed_file: bool = option(True, "keep the packed weights in a file, which the next start maps")
     packed_dir: Path | None = option(
         None, "folder for packed weights (default: .moe_packed in the model folder, if it can be written)"
@@ -63,6 +71,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "max_context", "max_batch_tokens", "max_running", "max_queue", "cache_bytes")
+        if self.max_quant_kl is not None and not self.max_quant_kl > 0:
+            raise ConfigError(f"--max-quant-kl {self.max_quant_kl}: must be above 0")
         check_positive(self, "block_size", "num_blocks", "threads")
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"--block-size {self.block_size}: must be a power of two")

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from moe_runtime.generation import Generation, Sampled, rows_of
 from moe_runtime.kv_cache import BlockPool
 from moe_runtime.output import Completion, EngineStats, TokenEvent, TokenLogprob, TopLogprob
 from moe_runtime.packed_store import PackedStore
+from moe_runtime.quant.quality import Gate, text_ids
 from moe_runtime.quant.recipe import Recipe
+from moe_runtime.quant.statistics import load_moments
 from moe_runtime.sampling import Chooser, Logits, SamplingParams, draw_seed
 from moe_runtime.scheduler import Chunk, Scheduler, Step
 from moe_runtime.sequence import Sequence as QueuedSequence
@@ -90,11 +93,16 @@ class Engine:
             kernels.set_num_threads(config.threads)
             torch.set_num_threads(config.threads)
         chosen, recipe = kernels.choose(config.backend), Recipe.of(config)
+        if config.quantize_statistics is not None:
+            recipe = replace(recipe, moments=load_moments(config.quantize_statistics, model_dir))
         store = None
         if config.packed_file and chosen.backend == "cpu":
             store = PackedStore(model_dir, recipe, config.packed_dir, config.packed_verify)
-        model = loader.load_model(model_dir, chosen, recipe, store)
-        if chosen.backend == "cpu":  # only now: loading converts weights on all of torch's threads
+        gate = None
+        if config.max_quant_kl is not None and recipe.formats:
+            gate = Gate(config.max_quant_kl, text_ids(model_dir, tokenizer))
+        model = loader.load_model(model_dir, chosen, recipe, store, gate)
+        if chosen.backend == "cpu":
             torch.set_num_threads(1)
         return cls(model, tokenizer, config, chat=chat, params=params, chooser=chosen.choose_token)
 

@@ -5,12 +5,15 @@ Peak memory is the weights plus the largest single matrix.
 """
 
 import re
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+import moe_runtime._C as _C
 from moe_runtime.checkpoint import Checkpoint, TensorEntry
 from moe_runtime.errors import CheckpointError
 from moe_runtime.hf_config import Fields, read_json
@@ -19,19 +22,21 @@ from moe_runtime.layers.decoder import Decoder
 from moe_runtime.layers.slots import Slot
 from moe_runtime.model_config import ModelConfig
 from moe_runtime.models import Architecture, find_architecture
-from moe_runtime.packed_file import PackedFileError
+from moe_runtime.packed_file import PackedFile, PackedFileError
 from moe_runtime.packed_model import is_packed, restore
 from moe_runtime.packed_store import PackedStore
 from moe_runtime.quant.fp8 import SCALE_SUFFIX, Fp8Weight
 from moe_runtime.quant.int4 import Int4Weight, find_int4
 from moe_runtime.quant.plain import PlainWeight, refuse
-from moe_runtime.quant.recipe import Recipe
+from moe_runtime.quant.quality import Gate
+from moe_runtime.quant.recipe import Converted, Recipe
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 FP8 = "F8_E4M3"
+MEASURED = "divergence"  # the gate's finding, in the values of a packed file
 
 StoredWeight = PlainWeight | Fp8Weight | Int4Weight
 
@@ -41,31 +46,38 @@ def load_model(
     kernels: Kernels,
     recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
     store: PackedStore | None = None,
+    gate: Gate | None = None,
 ) -> Decoder:
     """The model in ``model_dir``, ready for ``forward``, in the formats of ``recipe``; with a ``store``, from
-    the packed file of an earlier start, or into one for the next.
+    the packed file of an earlier start, or into one for the next; with a ``gate``, only if it lets it pass.
 
     Raises CheckpointError naming file and tensor.
     """
     require_model_folder(model_dir)
-    restored = None if store is None else _restore(model_dir, kernels, store)
-    if restored is not None:
-        return restored
+    packed = None if store is None else store.open()
+    known = None if packed is None else packed.values.get(MEASURED)
+    if gate is not None:
+        gate.prepare(known, lambda: _pack(model_dir, kernels, Recipe()))
+    restored = None if store is None or packed is None else _restore(model_dir, kernels, store, packed)
+    model = restored or _pack(model_dir, kernels, recipe)
+    measured = known if gate is None else gate.measure(model)
+    if store is not None and is_packed(model) and (restored is None or measured != known):
+        store.save(model, {MEASURED: measured})
+    return model
+
+
+def _pack(model_dir: Path, kernels: Kernels, recipe: Recipe) -> Decoder:
+    """The model from its checkpoint."""
     checkpoint = Checkpoint(model_dir)
     architecture, config = read_model_config(model_dir, checkpoint.common_dtype())
     model = architecture.build(config, kernels)
     weight_bytes = fill(model, checkpoint, recipe)
     model.config = replace(config, weight_bytes=weight_bytes)
-    if store is not None and is_packed(model):
-        store.save(model, {})
     return model
 
 
-def _restore(model_dir: Path, kernels: Kernels, store: PackedStore) -> Decoder | None:
-    """The model from its packed file, if there is a good one."""
-    packed = store.open()
-    if packed is None:
-        return None
+def _restore(model_dir: Path, kernels: Kernels, store: PackedStore, packed: PackedFile) -> Decoder | None:
+    """The model from its packed file, if it fits."""
     architecture, config = read_model_config(model_dir, packed.values["dtype"])
     model = architecture.build(config, kernels)
     try:
@@ -132,12 +144,39 @@ def fill(model: Decoder, checkpoint: Checkpoint, recipe: Recipe) -> int:
     for weight in stored:
         weight.check()
     weight_bytes = 0
-    # In the model's order, so that tensors stacked into one matrix come together, whatever file they are in.
-    for weight in stored:
-        weight_bytes += recipe.deliver(weight.slot, weight.read(checkpoint), dtype)
+    for weight, converted in _converted(stored, checkpoint, recipe, dtype):
+        converted.hand_over()
+        weight_bytes += converted.num_bytes
         for entry in weight.entries:
             checkpoint.drop(entry)
     return weight_bytes
+
+
+def _converted(
+    stored: Sequence[StoredWeight], checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype
+) -> Iterator[tuple[StoredWeight, Converted]]:
+    """Each weight read and in its format, in the model's order (so that tensors stacked into one matrix come
+    together, whatever file they are in). A few are under way at once, one thread each: torch's own threads
+    wait for each other after every operation, which costs more than it brings on small matrices.
+    """
+
+    def convert(weight: StoredWeight) -> tuple[StoredWeight, Converted]:
+        return weight, recipe.convert(weight.slot, weight.read(checkpoint), dtype)
+
+    num_threads, torch_threads = _C.num_threads(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="moe-loader")
+    under_way: deque[Future[tuple[StoredWeight, Converted]]] = deque()
+    try:
+        for weight in stored:
+            under_way.append(pool.submit(convert, weight))
+            if len(under_way) > num_threads:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(torch_threads)
 
 
 def _find(slot: Slot, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> StoredWeight:

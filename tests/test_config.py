@@ -26,6 +26,7 @@ def test_every_field_is_a_flag_and_comes_back() -> None:
         max_context=4096, max_batch_tokens=7, max_running=3, max_queue=2, block_size=32, cache_bytes=123,
         num_blocks=9, prefix_caching=False, backend="reference", threads=2,
         quantize="experts=int4,lm_head=int8", quantize_group=32, quantize_zeros=True,
+        max_quant_kl=0.1, quantize_statistics=Path("y"),
         packed_file=False, packed_dir=Path("x"), packed_verify=False,
     )  # fmt: skip
     words = []
@@ -73,6 +74,8 @@ def test_what_is_not_a_size_is_refused(text: str) -> None:
         ),
         (("--quantize", "experts=int4,norms=int8"), "'norms=int8' is not .* a part of experts, attention"),
         (("--quantize", "experts=int4,experts=int8"), "experts is named twice"),
+        (("--max-quant-kl", "0"), "--max-quant-kl 0.0: must be above 0"),
+        (("--max-quant-kl", "nan"), "--max-quant-kl nan: must be above 0"),
         (("--quantize-group", "16"), "--quantize-group 16: must be 32, 64 or 128"),
     ],
 )

@@ -46,6 +46,7 @@ class ExpertWeights:
                 shape,
                 partial(self._write, expert_id, part),
                 part="experts",
+                expert=(expert_id, part),
                 places=(Place(self, "packed"),),
             )
 

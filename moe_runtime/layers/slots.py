@@ -31,6 +31,7 @@ class Slot:
     part       ``write`` gets the weight in the format that the user chose for this part.
     keep       also receives the tensor, in the checkpoint's precision (an embedding that is the head too).
     matrices   ``write`` gets a list instead: these matrices made of the tensor, each in the part's format.
+    expert     which matrix of PackedExperts it is: the expert's id, and gate, up or down.
     places     where ``write`` and ``keep`` leave things, so that a packed file can save and restore them.
     """
 
@@ -42,6 +43,7 @@ class Slot:
     keep: Callable[[torch.Tensor], None] | None = None
     matrices: Callable[[torch.Tensor], Sequence[torch.Tensor]] | None = None
     places: tuple[Place, ...] = ()
+    expert: tuple[int, str] = (0, "")
 
 
 def is_separate(packed: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
 """What the user wants in integers, and the step between a weight as read and a weight as a layer packs it."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,28 +51,39 @@ class Recipe:
         formats = {str(part): str(weight_format) for part, weight_format in sorted(self.formats.items())}
         return formats | {"moments": digest.hexdigest()}
 
-    def deliver(self, slot: Slot, weight: Weight, dtype: torch.dtype) -> int:
-        """Hand ``weight`` to the slot in the formats wanted; the bytes it has there. ``dtype`` is the
-        model's.
-        """
-        num_bytes = 0
-        if slot.keep is not None:
-            table = widened(weight, dtype)
-            slot.keep(table)
-            num_bytes += size_of(table)
+    def convert(self, slot: Slot, weight: Weight, dtype: torch.dtype) -> "Converted":
+        """``weight`` in the format wanted for its slot. ``dtype`` is the model's."""
+        kept = None if slot.keep is None else widened(weight, dtype)
         if slot.matrices is not None:
             matrices = [self._in_format(slot, matrix) for matrix in slot.matrices(widened(weight, dtype))]
-            slot.write(matrices)
-            return num_bytes + sum(size_of(matrix) for matrix in matrices)
-        converted = widened(weight, dtype) if slot.part is None else self._in_format(slot, weight)
-        slot.write(converted)
-        return num_bytes + (size_of(converted) if slot.keep is None or converted is not weight else 0)
+            return Converted(slot, matrices, kept)
+        written = widened(weight, dtype) if slot.part is None else self._in_format(slot, weight)
+        return Converted(slot, [written], kept)
 
     def _in_format(self, slot: Slot, weight: Weight) -> Weight:
         wanted = self.formats.get(slot.part) if slot.part is not None else None
         if wanted is None or isinstance(weight, QuantizedWeight):
             return weight
         return quantize(weight, wanted, self.moments.get(slot.name))
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a slot is to receive."""
+
+    slot: Slot
+    written: Sequence[Weight]  # one, unless the slot wants several matrices
+    kept: torch.Tensor | None
+
+    def hand_over(self) -> None:
+        if self.slot.keep is not None and self.kept is not None:
+            self.slot.keep(self.kept)
+        self.slot.write(self.written[0] if self.slot.matrices is None else self.written)
+
+    @property
+    def num_bytes(self) -> int:
+        weights = {id(weight): weight for weight in (*self.written, self.kept) if weight is not None}
+        return sum(size_of(weight) for weight in weights.values())
 
 
 def widened(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
