@@ -3,6 +3,7 @@
 #pragma once
 #include <stdint.h>
 
+#include "cache_layout.h"
 #include "layout.h"
 
 // Rows are activations in the table's row type: row r starts at rows + (row_index ? row_index[r] : r) * row_stride.
@@ -31,13 +32,14 @@ static constexpr int32_t kAttentionRows = 16, kAttentionPart = 256;
 // Up to 16 (token, head) rows that read the same key head of the same sequence, over one part: at most 256 positions
 // that start at a multiple of 256. The split into parts depends on absolute position alone.
 struct AttentionPart {
-  const float* query[kAttentionRows];
+  const char* query[kAttentionRows];       // bfloat16 where both row_dtype and attention_query are, else float32
   int32_t visible[kAttentionRows];        // how many positions of this part each row may see, 0 to num_keys
   int32_t num_rows;
   int32_t num_keys;
   const char* keys[kAttentionPart];
   const char* values[kAttentionPart];
-  int32_t cache_dtype;                    // float32 or bfloat16
+  int32_t row_dtype;                      // of keys and values: float32 or bfloat16
+  bool cold;                              // the keys have not been read just now: prefetch them
   int32_t key_dim;
   int32_t value_dim;
   float scale;
@@ -73,6 +75,13 @@ struct KernelTable {
   // y = (x - best) / temperature and exp(y); of each block of kSampleBlock the largest y and the sum of the rest.
   void (*exponentials)(const float* x, int64_t count, float best, float temperature, float* y, float* w,
                        float* block_best, double* block_mass);
+  // A row of an int8 cache, from floats and to `attention_query`.
+  void (*quantize_row)(const float* x, char* row, int64_t dim);
+  void (*dequantize_row)(const char* row, void* out, int64_t dim);
+  void (*rotate)(float* x, const float* cos, const float* sin, int64_t half, bool interleaved);
+  // What queries over a bf16 cache, and the rows of an int8 cache, are rounded to: kBFloat16 where VDPBF16PS exists,
+  // else kFloat32.
+  int32_t attention_query;
   void (*attention_part)(const AttentionPart*);
   // Adds a part to a running result: both are (max, sum, out[dim]).
   void (*attention_merge)(float* max, float* sum, float* out, const float* part_max, const float* part_sum,

@@ -12,6 +12,7 @@ namespace {
 #include "matmul_integer.h"
 #include "attention_kernels.h"
 #include "peak_kernels.h"
+#include "cache_rows.h"
 
 }  // namespace
 
@@ -31,6 +32,10 @@ extern "C" __attribute__((visibility("hidden"))) void moe_kernels_avx512(KernelT
       weighted_sum,
       largest,
       exponentials,
+      quantize_row,
+      dequantize_row,
+      rotate,
+      kFloat32,
       attention_part,
       attention_merge,
       attention_finish,

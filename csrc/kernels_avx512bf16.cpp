@@ -8,8 +8,12 @@
 namespace {
 #include "simd_avx512.h"
 #include "row_kernels.h"
+#include "row_integers.h"
 #include "matmul_kernels.h"
 #include "peak_kernels.h"
+#include "attention_kernels.h"
+#include "cache_rows.h"
+#include "attention_dot.h"
 
 struct WeightsBF16Dot {
   static constexpr int kSteps = 1, kLineBytes = kLanes * 4, kRow = kRowBFloat16;
@@ -32,4 +36,7 @@ extern "C" __attribute__((visibility("hidden"))) void moe_kernels_avx512bf16(Ker
   table->matmul[kBFloat16] = matmul<WeightsBF16Dot, false>;
   table->gate_up[kBFloat16] = matmul<WeightsBF16Dot, true>;
   table->peak[kBFloat16] = MOE_PEAK_BF16;
+  table->dequantize_row = dequantize_row_dot;
+  table->attention_query = kBFloat16;
+  table->attention_part = attention_part_dot;
 }

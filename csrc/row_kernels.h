@@ -6,6 +6,13 @@ static inline float fold_sum(__m128 x) {
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
 
+// All lanes, or the first n of them.
+static inline Vec v_load_up_to(const float* p, int64_t n) { return n < kLanes ? v_load_n(p, n) : v_load(p); }
+static inline void v_store_up_to(float* p, Vec x, int64_t n) {
+  if (n < kLanes) v_store_n(p, x, n);
+  else v_store(p, x);
+}
+
 // exp to 2 ulp (Cephes' polynomial). Below -87.33 exactly 0, above 88.72 inf, at 0 exactly 1, NaN stays NaN.
 static inline Vec v_exp(Vec x) {
   const Vec clamped = v_min(v_set(88.0f), v_max(v_set(-87.0f), x));
@@ -44,6 +51,27 @@ static void convert(const float* in, void* out, int64_t count, int32_t dtype) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) v_store_bf16(half + i, v_load(in + i));
   if (i < count) v_store_bf16_n(half + i, v_load_n(in + i, count - i), count - i);
+}
+
+// Turns the pairs (i, i + half), or (2i, 2i + 1) when interleaved, of x by the angles of cos and sin. Products are
+// rounded before they are added, so that vectors and tail agree.
+static void rotate(float* x, const float* cos, const float* sin, int64_t half, bool interleaved) {
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const int64_t n = half - i < kLanes ? half - i : kLanes;
+    const Vec c = v_load_up_to(cos + i, n), s = v_load_up_to(sin + i, n);
+    if (interleaved) {
+      float *at = x + 2 * i, *behind = at + kLanes;
+      const int64_t first = 2 * n < kLanes ? 2 * n : kLanes, second = 2 * n - first;
+      v_store_up_to(at, v_turn_pairs(v_load_up_to(at, first), v_double_low(c), v_double_low(s)), first);
+      if (second == 0) break;
+      v_store_up_to(behind, v_turn_pairs(v_load_up_to(behind, second), v_double_high(c), v_double_high(s)), second);
+    } else {
+      float *a = x + i, *b = x + half + i;
+      const Vec u = v_load_up_to(a, n), v = v_load_up_to(b, n);
+      v_store_up_to(a, v_sub(v_mul(u, c), v_mul(v, s)), n);
+      v_store_up_to(b, v_add(v_mul(v, c), v_mul(u, s)), n);
+    }
+  }
 }
 
 static void rms_norm(const float* x, const float* residual, const float* weight, float eps, int64_t dim, float* out,

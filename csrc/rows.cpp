@@ -1,6 +1,7 @@
 // Operations on independent rows: norms, SwiGLU, rotary positions, cache writes.
 #include <string>
 
+#include "cache_layout.h"
 #include "cpu_features.h"
 #include "errors.h"
 #include "ops.h"
@@ -33,19 +34,11 @@ void rope(float* x, int64_t num_tokens, int64_t heads, int64_t dim, const float*
                         ", expected 0 <= position < " + std::to_string(num_positions));
     }
   }
-  const int64_t step = interleaved ? 2 : 1, partner = interleaved ? 1 : half;
+  const KernelTable& table = kernels();
   for_row_chunks(num_tokens, heads * dim, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const float* c = cos + positions[t] * half;
-      const float* s = sin + positions[t] * half;
-      for (int64_t h = 0; h < heads; ++h) {
-        float* head = x + (t * heads + h) * dim + offset;
-        for (int64_t i = 0; i < half; ++i) {
-          const float a = head[i * step], b = head[i * step + partner];
-          head[i * step] = a * c[i] - b * s[i];
-          head[i * step + partner] = b * c[i] + a * s[i];
-        }
-      }
+      const float *c = cos + positions[t] * half, *s = sin + positions[t] * half;
+      for (int64_t h = 0; h < heads; ++h) table.rotate(x + (t * heads + h) * dim + offset, c, s, half, interleaved);
     }
   });
 }
@@ -53,17 +46,24 @@ void rope(float* x, int64_t num_tokens, int64_t heads, int64_t dim, const float*
 void write_cache(char* cache, int64_t num_blocks, int64_t heads, int64_t block_size, int64_t dim, int32_t dtype,
                  const float* values, const int64_t* slots, int64_t num_tokens) {
   const KernelTable& table = kernels();
+  const int64_t row_bytes = cache_row_bytes(dim, dtype);
   for (int64_t t = 0; t < num_tokens; ++t) {
     if (slots[t] < 0 || slots[t] >= num_blocks * block_size) {
       throw KernelFault("write_cache: slots[" + std::to_string(t) + "] = " + std::to_string(slots[t]) +
                         ", expected 0 <= slot < " + std::to_string(num_blocks * block_size));
     }
   }
-  // Serial: two tokens may name the same slot (padding), and the last must win.
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    for (int64_t h = 0; h < heads; ++h) {
-      const int64_t row = (slots[t] / block_size * heads + h) * block_size + slots[t] % block_size;
-      table.convert(values + (t * heads + h) * dim, cache + row * dim * element_size(dtype), dim, dtype);
-    }
-  }
+  // Heads are tasks, tokens are not: two may name the same slot (padding), and the last must win.
+  Stage stage(heads);
+  run(heads > 1 && num_tokens * heads * dim >= kParallelRows, [&](int) {
+    stage.drain([&](int64_t h) {
+      for (int64_t t = 0; t < num_tokens; ++t) {
+        const float* from = values + (t * heads + h) * dim;
+        char* row = cache + ((slots[t] / block_size * heads + h) * block_size + slots[t] % block_size) * row_bytes;
+        if (dtype == kInt8) table.quantize_row(from, row, dim);
+        else table.convert(from, row, dim, dtype);
+      }
+    });
+    stage.wait();
+  });
 }

@@ -53,6 +53,34 @@ static inline void v_store_bf16_n(uint16_t* p, Vec x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = copy[i];
 }
 
+// Within each 128 bits: a0 b0 a1 b1; a2 b2 a3 b3; a0 a1 b0 b1; a2 a3 b2 b3.
+static inline Vec v_unpack_low(Vec a, Vec b) { return _mm256_unpacklo_ps(a, b); }
+static inline Vec v_unpack_high(Vec a, Vec b) { return _mm256_unpackhi_ps(a, b); }
+static inline Vec v_unpack_low_pairs(Vec a, Vec b) {
+  return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+}
+static inline Vec v_unpack_high_pairs(Vec a, Vec b) {
+  return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+}
+
+// x0 x0 x1 x1 ... of the lower or the upper half of the lanes.
+static inline Vec v_double_low(Vec x) { return _mm256_permutevar8x32_ps(x, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3)); }
+static inline Vec v_double_high(Vec x) { return _mm256_permutevar8x32_ps(x, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7)); }
+// Pairs (a, b) -> (a c - b s, b c + a s), with c and s given twice.
+static inline Vec v_turn_pairs(Vec x, Vec c, Vec s) {
+  return _mm256_addsub_ps(_mm256_mul_ps(x, c), _mm256_mul_ps(_mm256_permute_ps(x, 0xb1), s));
+}
+
+// int8 codes as floats.
+static inline Vec v_load_codes(const char* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+static inline Vec v_load_codes_n(const char* p, int64_t n) {
+  char copy[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  for (int64_t i = 0; i < n; ++i) copy[i] = p[i];
+  return v_load_codes(copy);
+}
+
 static inline __m128 v_fold(Vec x) {  // 8 lanes -> 4 sums, always in the same order
   return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
 }

@@ -47,6 +47,37 @@ static inline void v_store_bf16_n(uint16_t* p, Vec x, int64_t n) {
   _mm256_mask_storeu_epi16(p, v_mask(n), v_to_bf16(x));
 }
 
+// Within each 128 bits: a0 b0 a1 b1; a2 b2 a3 b3; a0 a1 b0 b1; a2 a3 b2 b3.
+static inline Vec v_unpack_low(Vec a, Vec b) { return _mm512_unpacklo_ps(a, b); }
+static inline Vec v_unpack_high(Vec a, Vec b) { return _mm512_unpackhi_ps(a, b); }
+static inline Vec v_unpack_low_pairs(Vec a, Vec b) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+static inline Vec v_unpack_high_pairs(Vec a, Vec b) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+
+// x0 x0 x1 x1 ... of the lower or the upper half of the lanes.
+static inline Vec v_double_low(Vec x) {
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), x);
+}
+static inline Vec v_double_high(Vec x) {
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15), x);
+}
+// Pairs (a, b) -> (a c - b s, b c + a s), with c and s given twice.
+static inline Vec v_turn_pairs(Vec x, Vec c, Vec s) {
+  const Vec straight = _mm512_mul_ps(x, c), crossed = _mm512_mul_ps(_mm512_permute_ps(x, 0xb1), s);
+  return _mm512_mask_sub_ps(_mm512_add_ps(straight, crossed), 0x5555, straight, crossed);
+}
+
+// int8 codes as floats.
+static inline Vec v_load_codes(const char* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+static inline Vec v_load_codes_n(const char* p, int64_t n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(v_mask(n), p)));
+}
+
 static inline __m128 v_fold(Vec x) {  // 16 lanes -> 4 sums, always in the same order
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));

@@ -40,6 +40,9 @@ class EngineConfig:
         DEFAULT_CACHE_BYTES, "memory for keys and values of all sequences, for example 2GiB", unit="bytes"
     )
     num_blocks: int | None = option(None, "number of cache blocks, instead of --cache-bytes")
+    kv_dtype: Literal["auto", "bfloat16", "float32", "int8"] = option(
+        "auto", "type of cached keys and values (auto: bfloat16 for bfloat16 weights, else float32)"
+    )
     prefix_caching: bool = option(True, "reuse the cache blocks of equal prompt beginnings")
     backend: Literal["auto", "cpu", "reference"] = option(
         "auto", "kernels to compute with; reference is literal torch, slow"
@@ -76,6 +79,8 @@ class EngineConfig:
         check_positive(self, "block_size", "num_blocks", "threads")
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"--block-size {self.block_size}: must be a power of two")
+        if self.kv_dtype not in ("auto", "bfloat16", "float32", "int8"):
+            raise ConfigError(f"--kv-dtype {self.kv_dtype!r}: must be auto, bfloat16, float32 or int8")
         if self.backend not in ("auto", "cpu", "reference"):
             raise ConfigError(f"--backend {self.backend!r}: must be auto, cpu or reference")
         quantized_parts(self.quantize)

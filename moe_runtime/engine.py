@@ -64,7 +64,7 @@ class Engine:
         self._chooser = chooser
         self.cache_size: CacheSize = plan_cache(model, config)
         self.max_context = self.cache_size.max_context
-        self._cache = model.new_cache(self.cache_size.num_blocks, config.block_size)
+        self._cache = model.new_cache(self.cache_size.num_blocks, config.block_size, config.kv_dtype)
         self._end_ids = end_ids(model.config, tokenizer)
         self._scheduler = Scheduler(
             BlockPool(self.cache_size.num_blocks, config.block_size, prefix_caching=config.prefix_caching),

@@ -32,7 +32,7 @@ def plan_cache(model: Any, config: EngineConfig) -> CacheSize:
     own = model.config.max_position_embeddings
     if config.max_context is not None and config.max_context > own:
         raise ConfigError(f"--max-context {config.max_context}: the model was made for at most {own} tokens")
-    block_bytes = model.cache_bytes_per_block(config.block_size)
+    block_bytes = model.cache_bytes_per_block(config.block_size, config.kv_dtype)
     wanted = config.max_context or own
     most = -(-wanted // config.block_size) * config.max_running
     num_blocks = config.num_blocks or min(config.cache_bytes // block_bytes, most)

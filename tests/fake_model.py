@@ -52,10 +52,10 @@ class FakeModel:
         self.batches: list[Batch] = []
         self.fail_next: Exception | None = None
 
-    def cache_bytes_per_block(self, block_size: int) -> int:
+    def cache_bytes_per_block(self, block_size: int, kv_dtype: str = "auto") -> int:
         return block_size * 8
 
-    def new_cache(self, num_blocks: int, block_size: int) -> torch.Tensor:
+    def new_cache(self, num_blocks: int, block_size: int, kv_dtype: str = "auto") -> torch.Tensor:
         return torch.full((num_blocks, block_size), POISON, dtype=torch.int64)
 
     def forward(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import dataclasses
 import random
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from fake_model import FakeModel, byte_tokenizer, echo_answer
@@ -28,12 +28,15 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "qwen3_moe": ({}, 200),
     "qwen3_moe bfloat16": ({"torch_dtype": "bfloat16"}, 30),
     "deepseek_v3 bfloat16": ({"torch_dtype": "bfloat16"}, 30),
+    "qwen3_moe int8 cache": ({"torch_dtype": "bfloat16"}, 30),
+    "deepseek_v3 int8 cache": ({}, 15),
 } | {name: ({}, 15) for name in ARCHITECTURES if name != "qwen3_moe"}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, logprobs=3)
 SEEDED = SamplingParams(
     seed=5, max_tokens=16, ignore_eos=True, logprobs=0, top_p=0.9, presence_penalty=0.5, n=2
 )
 Result = dict[int, list[TokenEvent]]
+KvDtype = Literal["auto", "int8"]
 
 
 def random_prompts(draw: random.Random, count: int) -> list[list[int]]:
@@ -43,7 +46,7 @@ def random_prompts(draw: random.Random, count: int) -> list[list[int]]:
     return [common[: draw.randint(8, 20)] + ids if draw.random() < 0.5 else ids for ids in own]
 
 
-def random_config(draw: random.Random, longest: int) -> EngineConfig:
+def random_config(draw: random.Random, longest: int, kv_dtype: KvDtype) -> EngineConfig:
     block_size = draw.choice([2, 4, 8])
     least = -(-longest // block_size)
     return EngineConfig(
@@ -53,6 +56,7 @@ def random_config(draw: random.Random, longest: int) -> EngineConfig:
         max_batch_tokens=draw.choice([3, 16, 64, 256]),
         max_running=draw.choice([2, 16]),
         prefix_caching=draw.random() < 0.7,
+        kv_dtype=kv_dtype,
     )
 
 
@@ -97,16 +101,18 @@ def test_answers_are_equal_to_the_last_bit_alone_and_in_any_mix(name: str, isa: 
     tokenizer = Tokenizer.load(folder)
     draw = random.Random(name)
     prompts = random_prompts(draw, 24)
+    kv_dtype: KvDtype = "int8" if "int8 cache" in name else "auto"
+    alone = EngineConfig(prefix_caching=False, max_batch_tokens=1024, kv_dtype=kv_dtype)
     expected: list[Result] = []
     for index, prompt in enumerate(prompts):
-        engine = Engine(model, tokenizer, EngineConfig(prefix_caching=False, max_batch_tokens=1024))
+        engine = Engine(model, tokenizer, alone)
         params = SEEDED if index % 3 == 0 else GREEDY
         request = {"alone": (prompt, params)}
         expected.append(run_mix(engine, request, random.Random(1), aborted=0.0)["alone"])
         assert all(events[-1].finish_reason == "length" for events in expected[-1].values())
     preemptions = hits = 0
     for _ in range(num_mixes):
-        engine = Engine(model, tokenizer, random_config(draw, max(map(len, prompts)) + 16))
+        engine = Engine(model, tokenizer, random_config(draw, max(map(len, prompts)) + 16, kv_dtype))
         chosen = draw.sample(range(len(prompts)), 7)
         requests = {str(i): (prompts[i], SEEDED if i % 3 == 0 else GREEDY) for i in chosen}
         for request_id, result in run_mix(engine, requests, draw).items():

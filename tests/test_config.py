@@ -24,7 +24,7 @@ def test_no_flags_give_the_defaults() -> None:
 def test_every_field_is_a_flag_and_comes_back() -> None:
     config = EngineConfig(
         max_context=4096, max_batch_tokens=7, max_running=3, max_queue=2, block_size=32, cache_bytes=123,
-        num_blocks=9, prefix_caching=False, backend="reference", threads=2,
+        num_blocks=9, kv_dtype="int8", prefix_caching=False, backend="reference", threads=2,
         quantize="experts=int4,lm_head=int8", quantize_group=32, quantize_zeros=True,
         max_quant_kl=0.1, quantize_statistics=Path("y"),
         packed_file=False, packed_dir=Path("x"), packed_verify=False,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from moe_runtime.errors import KernelError
-from moe_runtime.kernels.packed import QuantizedWeight
+from moe_runtime.kernels.cache_rows import CACHE_DTYPES
+from moe_runtime.kernels.packed import QuantizedWeight, WeightFormat
 
 
 def failure(op: str, argument: str, expected: str, got: object) -> KernelError:
@@ -46,3 +47,10 @@ def check_codes(
     codes = check(op, argument, weight.codes, shape, torch.uint8)
     zeros = 0 if weight.zeros is None else check(op, argument, weight.zeros, weight.scales.shape, torch.uint8)
     return codes, int(weight.scales.data_ptr()), zeros
+
+
+def cache_tag(op: str, argument: str, cache: torch.Tensor) -> int:
+    """csrc/layout.h's number of a cache's type."""
+    if cache.dtype not in CACHE_DTYPES:
+        raise failure(op, argument, f"one of {CACHE_DTYPES}", cache.dtype)
+    return 3 if cache.dtype is torch.int8 else WeightFormat.of(cache.dtype).tag

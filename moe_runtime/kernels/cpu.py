@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 import moe_runtime._C as _C
-from moe_runtime.kernels.checks import check, check_dims, check_layout, failure
-from moe_runtime.kernels.packed import PackedExperts, PackedLinear, RouterSpec, WeightFormat
+from moe_runtime.kernels.cache_rows import row_size
+from moe_runtime.kernels.checks import cache_tag, check, check_dims, check_layout, failure
+from moe_runtime.kernels.packed import PackedExperts, PackedLinear, RouterSpec
 
 _FLOAT, _INT = torch.float32, torch.int32
 
@@ -158,18 +159,15 @@ def rope(
 # --- paged attention ----------------------------------------------------------------------------------------
 
 
-def _cache_tag(op: str, argument: str, cache: torch.Tensor) -> int:
-    if cache.dtype not in (_FLOAT, torch.bfloat16):
-        raise failure(op, argument, "float32 or bfloat16", cache.dtype)
-    return WeightFormat.of(cache.dtype).tag
-
-
 def write_cache(cache: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
     op = "write_cache"
     check_dims(op, "cache", cache, 4)
-    num_blocks, heads, block_size, dim = cache.shape
-    tag = _cache_tag(op, "cache", cache)
-    cache_at = check(op, "cache", cache, cache.shape, cache.dtype)
+    check_dims(op, "values", values, 3)
+    num_blocks, heads, block_size, _ = cache.shape
+    dim = values.shape[2]
+    tag = cache_tag(op, "cache", cache)
+    shape = (num_blocks, heads, block_size, row_size(dim, cache.dtype))
+    cache_at = check(op, "cache", cache, shape, cache.dtype)
     tokens = slots.shape[0]
     values_at = check(op, "values", values, (tokens, heads, dim))
     slots_at = check(op, "slots", slots, (tokens,), torch.int64)
@@ -195,18 +193,17 @@ def attention(
     sequences, max_blocks = block_tables.shape
     if kv_heads == 0 or heads % kv_heads:
         raise failure(op, "q", f"a multiple of {kv_heads} heads", f"{heads} heads")
-    tag = _cache_tag(op, "k_cache", k_cache)
-    keys_at = check(op, "k_cache", k_cache, (num_blocks, kv_heads, block_size, key_dim), k_cache.dtype)
+    tag = cache_tag(op, "k_cache", k_cache)
+    dtype, places = k_cache.dtype, (num_blocks, kv_heads, block_size)
+    keys_at = check(op, "k_cache", k_cache, (*places, row_size(key_dim, dtype)), dtype)
     if v_cache is None:
         value_dim = key_dim if v_dim is None else v_dim
         values_at = 0
         if not 0 < value_dim <= key_dim:
             raise failure(op, "v_dim", f"1 to {key_dim}", v_dim)
     else:
-        value_dim = v_cache.shape[-1]
-        values_at = check(
-            op, "v_cache", v_cache, (num_blocks, kv_heads, block_size, value_dim), k_cache.dtype
-        )
+        value_dim = v_dim or (key_dim if dtype is torch.int8 else v_cache.shape[-1])
+        values_at = check(op, "v_cache", v_cache, (*places, row_size(value_dim, dtype)), dtype)
     q_at = check(op, "q", q, q.shape)
     positions_at = check(op, "positions", positions, (tokens,), _INT)
     rows_at = check(op, "sequence_rows", sequence_rows, (tokens,), _INT)

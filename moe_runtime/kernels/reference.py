@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_runtime.errors import KernelError
+from moe_runtime.kernels.cache_rows import dequantize_rows, quantize_rows
 from moe_runtime.kernels.packed import PackedExperts, PackedLinear, QuantizedWeight, RouterSpec, WeightFormat
 
 # --- linear -------------------------------------------------------------------------------------------------
@@ -199,7 +200,8 @@ def rope(
 
 
 def write_cache(cache: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-    """cache [num_blocks, heads, block_size, D] <- values [T, heads, D], one row per token.
+    """cache [num_blocks, heads, block_size, D] <- values [T, heads, D], one row per token; in an int8 cache
+    a row is ``row_size(D)`` bytes (cache_rows.py).
 
     slots [T] int64: slot = block_id * block_size + offset in the block.
     """
@@ -208,7 +210,8 @@ def write_cache(cache: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) 
         raise KernelError(
             f"write_cache: slots out of range, expected 0 <= slot < {cache.shape[0] * block_size}"
         )
-    cache[slots // block_size, :, slots % block_size] = values.to(cache.dtype)
+    rows = quantize_rows(values.float()) if cache.dtype is torch.int8 else values.to(cache.dtype)
+    cache[slots // block_size, :, slots % block_size] = rows
 
 
 def attention(
@@ -224,19 +227,28 @@ def attention(
     """q [T, Hq, Dk] against the paged cache -> [T, Hq, Dv].
 
     k_cache is [B, Hkv, block_size, Dk], v_cache [B, Hkv, block_size, Dv]. v_cache None means that the values
-    are the first ``v_dim`` columns of k_cache (MLA). Token t attends to positions 0..positions[t] of the
-    sequence whose blocks are block_tables[sequence_rows[t]]. Query head h reads key head h // (Hq / Hkv).
+    are the first ``v_dim`` columns of k_cache (MLA). Rows of int8 caches are as in ``write_cache``; those of
+    v_cache hold ``v_dim`` values, or Dk if it is not given. Token t attends to positions 0..positions[t] of
+    the sequence whose blocks are block_tables[sequence_rows[t]]. Query head h reads key head h // (Hq / Hkv).
     """
-    values = k_cache[..., :v_dim] if v_cache is None else v_cache
-    num_tokens, num_heads, _ = q.shape
+    num_tokens, num_heads, key_dim = q.shape
     kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
-    out = q.new_empty(num_tokens, num_heads, values.shape[-1])
+    value_dim = v_dim or (key_dim if v_cache is None or v_cache.dtype is torch.int8 else v_cache.shape[-1])
+    out = q.new_empty(num_tokens, num_heads, value_dim)
     for token in range(num_tokens):
         length = int(positions[token]) + 1
         blocks = block_tables[int(sequence_rows[token]), : -(-length // block_size)].long()
-        k = k_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length].to(q.dtype)  # [Hkv, length, Dk]
-        v = values[blocks].transpose(0, 1).flatten(1, 2)[:, :length].to(q.dtype)
+        k = _cached(k_cache, blocks, length, key_dim, q.dtype)
+        v = k[..., :value_dim] if v_cache is None else _cached(v_cache, blocks, length, value_dim, q.dtype)
         heads = q[token].view(kv_heads, num_heads // kv_heads, -1)
         probabilities = (heads @ k.transpose(1, 2) * scale).softmax(-1)
         out[token] = (probabilities @ v).view(num_heads, -1)
     return out
+
+
+def _cached(
+    cache: torch.Tensor, blocks: torch.Tensor, length: int, dim: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The first ``length`` rows that a sequence's blocks hold, [Hkv, length, dim]."""
+    rows = cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]
+    return dequantize_rows(rows, dim, dtype) if cache.dtype is torch.int8 else rows.to(dtype)

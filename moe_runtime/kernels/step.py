@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 import moe_runtime._C as _C
-from moe_runtime.kernels.checks import check, check_layout, failure
+from moe_runtime.kernels.cache_rows import row_size
+from moe_runtime.kernels.checks import cache_tag, check, check_layout, failure
 from moe_runtime.kernels.packed import PackedExperts, PackedLinear, RouterSpec, WeightFormat
 
 _INT, _LONG = torch.int32, torch.int64
@@ -63,23 +64,25 @@ class Descriptors:
             positions=positions, half=half, interleaved=interleaved,
         )  # fmt: skip
 
-    def cache(self, keys: torch.Tensor, values: torch.Tensor | None, value_dim: int) -> Any:
-        """keys [B, heads, block_size, Dk], values [B, heads, block_size, value_dim], or None for MLA."""
-        num_blocks, heads, block_size, key_dim = keys.shape
-        if keys.dtype not in (torch.float32, torch.bfloat16):
-            raise failure("step", "cache", "float32 or bfloat16", keys.dtype)
+    def cache(self, keys: torch.Tensor, values: torch.Tensor | None, key_dim: int, value_dim: int) -> Any:
+        """keys [B, heads, block_size, Dk], values [B, heads, block_size, Dv], or None for MLA; or rows of an
+        int8 cache (cache_rows.py).
+        """
+        num_blocks, heads, block_size, _ = keys.shape
+        places = (num_blocks, heads, block_size)
         shape = _C.CacheShape(
             num_blocks=num_blocks, kv_heads=heads, block_size=block_size, key_dim=key_dim,
-            value_dim=value_dim, dtype=WeightFormat.of(keys.dtype).tag,
+            value_dim=value_dim, dtype=cache_tag("step", "cache", keys),
         )  # fmt: skip
         values_at = 0
         if values is not None:
-            values_shape = (num_blocks, heads, block_size, value_dim)
+            values_shape = (*places, row_size(value_dim, keys.dtype))
             values_at = self._address("values", values, values_shape, keys.dtype)
         elif not 0 < value_dim < key_dim:
             raise failure("step", "value_dim", f"1 to {key_dim - 1}", value_dim)
+        keys_shape = (*places, row_size(key_dim, keys.dtype))
         return _C.LayerCache(
-            keys=self._address("keys", keys, keys.shape, keys.dtype), values=values_at, shape=shape
+            keys=self._address("keys", keys, keys_shape, keys.dtype), values=values_at, shape=shape
         )
 
     def mixture(

@@ -10,7 +10,8 @@ import torch
 
 from moe_runtime.batch import Batch
 from moe_runtime.kernels import Kernels
-from moe_runtime.layers.cache import LayerCache, zeroed
+from moe_runtime.kernels.cache_rows import row_size
+from moe_runtime.layers.cache import LayerCache, new_rows
 from moe_runtime.layers.linear import Linear, Rows
 from moe_runtime.layers.norm import RmsNorm
 from moe_runtime.layers.rope import Rotation
@@ -115,8 +116,7 @@ class Attention:
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> LayerCache:
         shape = (num_blocks, self.config.num_kv_heads, block_size, self.config.head_dim)
-        return LayerCache(zeroed(shape, dtype), zeroed(shape, dtype))
+        return LayerCache(new_rows(*shape, dtype), new_rows(*shape, dtype))
 
-    @property
-    def cache_floats_per_token(self) -> int:
-        return 2 * self.config.num_kv_heads * self.config.head_dim
+    def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
+        return 2 * self.config.num_kv_heads * row_size(self.config.head_dim, dtype) * dtype.itemsize

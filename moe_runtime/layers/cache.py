@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy
 import torch
 
+from moe_runtime.kernels.cache_rows import row_size
 from moe_runtime.kernels.step import StepProgram
 from moe_runtime.layers.rope import Rotation
 
@@ -18,9 +19,16 @@ def zeroed(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(raw).view(dtype).view(shape)
 
 
+def new_rows(num_blocks: int, heads: int, block_size: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeroed room for rows of ``dim`` numbers, [num_blocks, heads, block_size, row_size(dim, dtype)]."""
+    return zeroed((num_blocks, heads, block_size, row_size(dim, dtype)), dtype)
+
+
 @dataclass(frozen=True)
 class LayerCache:
-    """keys [num_blocks, heads, block_size, D]; values likewise, or None where the keys hold them (MLA)."""
+    """keys [num_blocks, heads, block_size, D], or rows of an int8 cache (kernels/cache_rows.py); values
+    likewise, or None where the keys hold them (MLA).
+    """
 
     keys: torch.Tensor
     values: torch.Tensor | None

@@ -28,8 +28,7 @@ class AttentionLayer(Protocol):
     ) -> torch.Tensor: ...
     def slots(self) -> Iterator[Slot]: ...
     def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> LayerCache: ...
-    @property
-    def cache_floats_per_token(self) -> int: ...
+    def cache_bytes_per_token(self, dtype: torch.dtype) -> int: ...
 
 
 class MlpLayer(Protocol):
@@ -142,22 +141,23 @@ class Decoder:
         extra = range(self.config.num_layers, self.config.num_layers + self.config.num_extra_layers)
         return match is not None and int(match[1]) in extra
 
-    def new_cache(self, num_blocks: int, block_size: int) -> Cache:
-        """A zeroed cache of ``num_blocks`` blocks of ``block_size`` tokens: bfloat16 for bfloat16 weights,
-        else float32. The weights must be there: with the C++ kernels the cache brings its program.
+    def new_cache(self, num_blocks: int, block_size: int, kv_dtype: str = "auto") -> Cache:
+        """A zeroed cache of ``num_blocks`` blocks of ``block_size`` tokens. ``kv_dtype`` is EngineConfig's:
+        "auto" is bfloat16 for bfloat16 weights, else float32. The weights must be there: with the C++ kernels
+        the cache brings its program.
         """
-        layers = tuple(
-            block.attention.new_cache(num_blocks, block_size, self._cache_dtype) for block in self.blocks
-        )
+        dtype = self._cache_dtype(kv_dtype)
+        layers = tuple(block.attention.new_cache(num_blocks, block_size, dtype) for block in self.blocks)
         positions = min(num_blocks * block_size, self.config.max_position_embeddings)
         rotation = build_rotation(self.config.rope, positions)
         program = build_program(self, layers, rotation) if self._kernels.all_from("cpu") else None
         return Cache(layers, rotation, program)
 
-    def cache_bytes_per_block(self, block_size: int) -> int:
-        floats = sum(block.attention.cache_floats_per_token for block in self.blocks)
-        return block_size * floats * self._cache_dtype.itemsize
+    def cache_bytes_per_block(self, block_size: int, kv_dtype: str = "auto") -> int:
+        dtype = self._cache_dtype(kv_dtype)
+        return block_size * sum(block.attention.cache_bytes_per_token(dtype) for block in self.blocks)
 
-    @property
-    def _cache_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32
+    def _cache_dtype(self, kv_dtype: str) -> torch.dtype:
+        if kv_dtype == "auto":
+            return torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}[kv_dtype]

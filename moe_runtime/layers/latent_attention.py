@@ -12,7 +12,8 @@ import torch
 
 from moe_runtime.batch import Batch
 from moe_runtime.kernels import Kernels, Weight
-from moe_runtime.layers.cache import LayerCache, zeroed
+from moe_runtime.kernels.cache_rows import row_size
+from moe_runtime.layers.cache import LayerCache, new_rows
 from moe_runtime.layers.linear import HeadLinear, Linear, Rows
 from moe_runtime.layers.norm import RmsNorm
 from moe_runtime.layers.rope import Rotation
@@ -122,8 +123,7 @@ class LatentAttention:
         self.expand.write(matrices[self.config.num_heads :])
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> LayerCache:
-        return LayerCache(zeroed((num_blocks, 1, block_size, self._latent_dim), dtype), None)
+        return LayerCache(new_rows(num_blocks, 1, block_size, self._latent_dim, dtype), None)
 
-    @property
-    def cache_floats_per_token(self) -> int:
-        return self._latent_dim
+    def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
+        return row_size(self._latent_dim, dtype) * dtype.itemsize

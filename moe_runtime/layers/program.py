@@ -43,10 +43,11 @@ def _layer(make: Descriptors, block: Block, cache: LayerCache) -> Any:
     parts: dict[str, Any] = {}
     if isinstance(block.attention, LatentAttention):
         parts["attention"] = _latent_attention(make, block.attention)
-        value_dim = block.attention.config.kv_lora_rank
+        latent = block.attention.config
+        key_dim, value_dim = latent.kv_lora_rank + latent.qk_rope_head_dim, latent.kv_lora_rank
     elif isinstance(block.attention, Attention):
         parts["attention"] = _grouped_attention(make, block.attention)
-        value_dim = block.attention.config.head_dim
+        key_dim = value_dim = block.attention.config.head_dim
     else:
         raise TypeError(f"no program for {type(block.attention).__name__}")
     if isinstance(block.mlp, MoeMlp):
@@ -62,7 +63,7 @@ def _layer(make: Descriptors, block: Block, cache: LayerCache) -> Any:
     return step.Layer(
         attention_norm=_norm(make, block.attention_norm),
         mlp_norm=_norm(make, block.mlp_norm),
-        cache=make.cache(cache.keys, cache.values, value_dim),
+        cache=make.cache(cache.keys, cache.values, key_dim, value_dim),
         **parts,
     )
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from kernels.oracle import EPS, SAFETY, assert_within
+from kernels.oracle import EPS, SAFETY, SUBNORMAL, assert_within
 
 from moe_runtime.errors import KernelError
 from moe_runtime.kernels import cpu, reference
+from moe_runtime.kernels.cache_rows import CACHE_DTYPES, dequantize_rows, quantize_rows, row_size
 
 # query heads, key heads, key width, value width (None: values are the first columns of the keys), block size
 SHAPES = {
@@ -29,10 +30,10 @@ class World:
         self.block_size, self.scale = block_size, key_dim**-0.5
         per_sequence = max(-(-length // block_size) for length in lengths)
         num_blocks = len(lengths) * per_sequence + 2
-        self.keys = torch.randn(num_blocks, kv_heads, block_size, key_dim).to(dtype)
+        self.keys = rows_of(torch.randn(num_blocks, kv_heads, block_size, key_dim), dtype)
         self.values = None
         if value_dim is not None:
-            self.values = torch.randn(num_blocks, kv_heads, block_size, value_dim).to(dtype)
+            self.values = rows_of(torch.randn(num_blocks, kv_heads, block_size, value_dim), dtype)
         self.value_dim = value_dim or MLA_VALUES[shape]
         tables = torch.randperm(num_blocks)[: len(lengths) * per_sequence]
         self.tables = tables.view(len(lengths), per_sequence).int()
@@ -52,28 +53,68 @@ class World:
             self.tables, self.scale, self.value_dim,
         )  # fmt: skip
 
-    def bound(self) -> float:
-        """Scores err by d; softmax then by a factor within e^(2d); the output is a mean of values."""
-        key_dim, longest = self.keys.shape[-1], int(self.positions.max()) + 1
-        values = self.keys if self.values is None else self.values
-        norms = self.q.norm(dim=-1).max() * self.keys.float().norm(dim=-1).max()
-        score_error = SAFETY * key_dim**0.5 * EPS * float(norms) * self.scale
-        return (2 * score_error + SAFETY * (longest**0.5 + 8) * EPS) * float(values.float().abs().max())
+    def bound(self, tokens: torch.Tensor, isa: str) -> torch.Tensor:
+        """Scores err by at most d each, so a probability by a factor within e^(2d); the rest is rounding."""
+        dot = isa in ("avx512bf16", "amx") and self.keys.dtype is not torch.float32
+        # Queries and probabilities are rounded to bf16, and rows of an int8 cache once more when widened.
+        rounded = 2.0**-9 * dot
+        widened = 2.0**-9 * (dot and self.keys.dtype is torch.int8)
+        key_dim = self.q.shape[-1]
+        out = torch.zeros(len(tokens), self.q.shape[1], self.value_dim, dtype=torch.float64)
+        for i, token in enumerate(tokens.tolist()):
+            keys, values = self.seen_by(token)
+            groups = self.q[token].double().view(len(keys), -1, key_dim)
+            probabilities = (groups @ keys.transpose(1, 2) * self.scale).softmax(-1)
+            relative = rounded + widened + SAFETY * key_dim**0.5 * EPS
+            error = relative * self.scale * (groups.abs() @ keys.abs().transpose(1, 2)).amax(-1, keepdim=True)
+            mass = (probabilities @ values.abs()).flatten(
+                0, 1
+            )  # at least |output| and mean |value - output| / 2
+            rounding = 1.01 * (rounded + widened) + SAFETY * (keys.shape[1] ** 0.5 + 8) * EPS
+            out[i] = (2 * torch.expm1(2 * error).flatten(0, 1) + rounding) * mass + SUBNORMAL
+        return out
+
+    def seen_by(self, token: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values float64 [kv_heads, length, D] that the token attends to."""
+        length = int(self.positions[token]) + 1
+        blocks = self.tables[self.rows[token], : -(-length // self.block_size)].long()
+
+        def rows(cache: torch.Tensor, dim: int) -> torch.Tensor:
+            found = cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]
+            if cache.dtype is torch.int8:
+                return dequantize_rows(found, dim, torch.float64)
+            return found.double()
+
+        keys = rows(self.keys, self.q.shape[-1])
+        if self.values is None:
+            return keys, keys[..., : self.value_dim]
+        return keys, rows(self.values, self.value_dim)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def rows_of(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return quantize_rows(values) if dtype is torch.int8 else values.to(dtype)
+
+
+# One key; around one and two vectors, blocks and parts; many sequences; ragged.
+LENGTHS = ([1], [2, 1, 33], [15, 16, 17], [255, 256, 257], [513], [1] * 40)
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_is_within_the_error_bound(isa: str, shape: str, dtype: torch.dtype) -> None:
-    for lengths in ([1], [2, 1, 33], [300], [257, 16, 255]):
+    for lengths in LENGTHS:
         world = World(shape, lengths, dtype)
-        tokens = torch.arange(len(world.rows))[:: max(1, len(world.rows) // 60)]
-        truth = world.truth(tokens)
-        assert_within(world.run(tokens), truth, torch.full_like(truth, world.bound()))
+        ends = torch.tensor(lengths).cumsum(0) - 1
+        tokens = torch.cat(
+            (torch.arange(len(world.rows))[:: max(1, len(world.rows) // 8)], ends[:8])
+        ).unique()
+        assert_within(world.run(tokens), world.truth(tokens), world.bound(tokens, isa))
 
 
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_token_is_the_same_bits_in_any_chunk_and_company(isa: str, shape: str) -> None:
-    world = World(shape, [280, 20, 530])
+def test_a_token_is_the_same_bits_in_any_chunk_and_company(isa: str, shape: str, dtype: torch.dtype) -> None:
+    world = World(shape, [280, 20, 530], dtype)
     whole = world.run(torch.arange(830))
     for chunk in (1, 3, 16, 100):
         tokens = torch.arange(700, 830)
@@ -96,8 +137,12 @@ def test_the_block_size_changes_no_bit(isa: str) -> None:
     assert all(torch.equal(results[0], other) for other in results)
 
 
-def test_the_number_of_threads_changes_no_bit(isa: str, threads: None) -> None:
-    world = World("gqa", [900, 40])
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ["gqa", "mla"])
+def test_the_number_of_threads_changes_no_bit(
+    isa: str, shape: str, dtype: torch.dtype, threads: None
+) -> None:
+    world = World(shape, [900, 40], dtype)
     results = []
     for count in (1, 2, 3, 7):
         cpu.set_num_threads(count)
@@ -105,15 +150,17 @@ def test_the_number_of_threads_changes_no_bit(isa: str, threads: None) -> None:
     assert all(torch.equal(a, b) for other in results for a, b in zip(results[0], other, strict=True))
 
 
-def test_what_a_token_may_not_see_cannot_reach_it(isa: str) -> None:
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
+def test_what_a_token_may_not_see_cannot_reach_it(isa: str, dtype: torch.dtype) -> None:
     """Future positions of the same tile hold NaN and Inf."""
-    world = World("gqa", [40])
+    world = World("gqa", [40], dtype)
     clean = world.run(torch.arange(40))
     assert world.values is not None
     for position in range(20, 40):
         block, offset = int(world.tables[0, position // 16]), position % 16
-        world.keys[block, :, offset] = torch.inf if position % 2 else torch.nan
-        world.values[block, :, offset] = torch.nan
+        strange = torch.full((2, 128), torch.inf if position % 2 else torch.nan)
+        world.keys[block, :, offset] = rows_of(strange, dtype)
+        world.values[block, :, offset] = rows_of(torch.full((2, 128), torch.nan), dtype)
     dirty = world.run(torch.arange(40))
     assert torch.equal(dirty[:20], clean[:20]) and dirty[20:].isnan().all()
 
@@ -127,17 +174,45 @@ def test_large_scores_do_not_overflow(isa: str) -> None:
     torch.testing.assert_close(got.double(), world.truth(tokens), rtol=0, atol=2e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES, ids=str)
 def test_written_values_are_rounded_once_and_land_in_their_slot(isa: str, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
-    for dim in (1, 7, 16, 33, 128):
+    for dim in (1, 7, 16, 33, 64, 72, 128, 576):
         values = torch.randn(9, 3, dim) * torch.logspace(-40, 38, 9).view(9, 1, 1)
         values[4, 1, 0], values[5, 0, 0], values[6, 2, 0] = torch.nan, torch.inf, -0.0
         slots = torch.randperm(6 * 8)[:9]
-        got, expected = torch.zeros(6, 3, 8, dim, dtype=dtype), torch.zeros(6, 3, 8, dim, dtype=dtype)
+        got = torch.zeros(6, 3, 8, row_size(dim, dtype), dtype=dtype)
+        expected = torch.zeros_like(got)
         cpu.write_cache(got, values, slots)
         reference.write_cache(expected, values, slots)
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_int8_codes_are_the_nearest_ones() -> None:
+    """Within half a step of a 127th of the largest of 64; a group of zeros or near zeros is zero."""
+    torch.manual_seed(3)
+    values = torch.randn(50, 2, 200) * torch.logspace(-12, 12, 50).view(50, 1, 1)
+    values[7] = 0.0
+    values[8] = 1e-31
+    rows = torch.zeros(50, 2, 1, row_size(200, torch.int8), dtype=torch.int8)
+    cpu.write_cache(rows, values, torch.arange(50))
+    read = dequantize_rows(rows[:, :, 0], 200, torch.float64)
+    for group, exact in zip(read.split(64, -1), values.double().split(64, -1), strict=True):
+        largest = exact.abs().amax(-1, keepdim=True)
+        assert ((group - exact).abs() <= largest * (0.5 / 127 + 4 * EPS) + 1e-30).all()
+    assert not read[7:9].any()
+
+
+def test_of_two_tokens_in_one_slot_the_last_is_kept(isa: str, threads: None) -> None:
+    """Also when heads are written by different threads."""
+    torch.manual_seed(4)
+    values, slots = torch.randn(600, 4, 64), torch.arange(600) % 32
+    for count in (1, 2, 7):
+        cpu.set_num_threads(count)
+        cache = torch.zeros(2, 4, 16, 64)
+        cpu.write_cache(cache, values, slots)
+        last = values[-32:].roll(600 % 32, 0).view(2, 16, 4, 64).transpose(1, 2)
+        assert torch.equal(cache, last)
 
 
 @pytest.mark.parametrize(

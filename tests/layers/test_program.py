@@ -69,8 +69,8 @@ def steps(model: Decoder) -> list[Batch]:
     return batches
 
 
-def new_cache(model: Decoder, in_python: bool = False) -> Cache:
-    cache = model.new_cache(3 * LENGTH // 8, 8)
+def new_cache(model: Decoder, in_python: bool = False, kv_dtype: str = "auto") -> Cache:
+    cache = model.new_cache(3 * LENGTH // 8, 8, kv_dtype)
     assert cache.program is not None
     return dataclasses.replace(cache, program=None) if in_python else cache
 
@@ -97,6 +97,14 @@ def test_the_program_and_the_python_layers_agree_to_the_last_bit(tmp_path: Path,
     for count in (1, 2, 3):
         _C.set_num_threads(count)
         assert same(run(model, batches, new_cache(model)), expected), f"{count} threads"
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3"])
+def test_they_agree_over_an_int8_cache(tmp_path: Path, isa: str, architecture: str) -> None:
+    model = load(tiny_checkpoint(tmp_path, architecture), "cpu")
+    batches = steps(model)
+    in_python, program = (run(model, batches, new_cache(model, flag, "int8")) for flag in (True, False))
+    assert same(in_python, program)
 
 
 def test_an_overridden_operation_or_the_reference_backend_means_no_program(tmp_path: Path) -> None:

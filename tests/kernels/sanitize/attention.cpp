@@ -1,4 +1,7 @@
 // Paged attention over caches that write_cache filled, against loops over doubles.
+#include <algorithm>
+
+#include "cache_layout.h"
 #include "check.h"
 
 namespace {
@@ -10,17 +13,26 @@ struct Case {
   std::vector<int64_t> lengths, new_tokens;  // per sequence
 };
 
+void quantise(float* x, int64_t count) {
+  float top = 0;
+  for (int64_t i = 0; i < count; ++i) top = std::max(top, std::fabs(x[i]));
+  for (int64_t i = 0; i < count && top > 0; ++i) x[i] = std::nearbyintf(x[i] * (127 / top)) * (top / 127);
+}
+
 // The cache of one side, its blocks handed out in a scrambled order, and what was written.
 struct Side {
   Buffer<char> cache;
   Buffer<float> written;  // [token of all sequences, kv_heads, dim], as the cache's type holds it
 
   Side(const Case& c, int64_t dim, int32_t dtype, int64_t num_blocks, const Buffer<int64_t>& slots, Random& random)
-      : cache(num_blocks * c.kv_heads * c.block_size * dim * element_size(dtype)),
+      : cache(num_blocks * c.kv_heads * c.block_size * cache_row_bytes(dim, dtype)),
         written(normals(random, slots.size() * c.kv_heads * dim)) {
     std::memset(cache.data(), 0xff, (size_t)cache.size());  // NaN where nothing is written
     write_cache(cache.data(), num_blocks, c.kv_heads, c.block_size, dim, dtype, written.data(), slots.data(), slots.size());
     for (int64_t i = 0; dtype == kBFloat16 && i < written.size(); ++i) written[i] = from_bfloat16(to_bfloat16(written[i]));
+    for (int64_t i = 0; dtype == kInt8 && i < written.size(); i += dim) {
+      for (int64_t d = 0; d < dim; d += kScaleGroup) quantise(&written[i + d], std::min(kScaleGroup, dim - d));
+    }
   }
 };
 
@@ -106,7 +118,7 @@ void one_case(const Case& c, int32_t dtype, Random& random, Outputs& outputs) {
   for (int64_t i = 0; outputs.naive && i < tokens * c.heads; ++i) {
     const int64_t token = i / c.heads, kv_head = i % c.heads / (c.heads / c.kv_heads);
     expect_head(c, keys, c.latent ? keys : values, q.data() + i * c.key_dim, kv_head, t.first_row[(size_t)rows[(size_t)token]],
-                positions[(size_t)token] + 1, scale, dtype == kBFloat16 ? 0.03 : 1e-4, out.data() + i * c.value_dim);
+                positions[(size_t)token] + 1, scale, dtype == kFloat32 ? 1e-4 : 0.03, out.data() + i * c.value_dim);
   }
 }
 
@@ -122,7 +134,7 @@ void check_attention(Outputs& outputs) {
       {20, 1, 72, 64, true, 16, {290, 31}, {2, 31}},
       {3, 3, 16, 16, false, 1, {258}, {258}},
   };
-  for (const int32_t dtype : {kFloat32, kBFloat16}) {
+  for (const int32_t dtype : {kFloat32, kBFloat16, kInt8}) {
     for (const Case& c : cases) one_case(c, dtype, random, outputs);
   }
 }
