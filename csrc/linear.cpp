@@ -28,7 +28,7 @@ void linear(const float* x, int64_t num_tokens, int64_t heads, int64_t k, const 
       const int64_t first_row = repeat % row_chunks * kRowsPerTask;
       const int64_t head = repeat / row_chunks;
       const int64_t first_column = first_panel * kPanelColumns;
-      MatmulArgs args;
+      MatmulArgs args = {};
       args.rows = rows.row(first_row * heads + head);
       args.row_stride = rows.stride() * heads;
       args.row_type = rows.type();

@@ -91,6 +91,14 @@ void gate_up_task(const Call& c, const Activations& rows, int32_t expert, int64_
   c.table.gate_up[format_kind(c.format)](&args);
 }
 
+// The beginning of the panels that come next: the hardware follows a stream, but cannot guess where one starts.
+void prefetch_start(const char* panels, const MatmulArgs& args) {
+  constexpr int64_t kBytes = 1024;
+  for (int64_t p = 0; p < args.num_panels; ++p) {
+    for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(panels + p * args.panel_stride + at);
+  }
+}
+
 // Columns [column, column + width) of every sorted row -> block [pairs, width].
 void down_task(const Call& c, int64_t column, int64_t width, float* block) {
   const int64_t k = c.shape.intermediate;
@@ -110,6 +118,9 @@ void down_task(const Call& c, int64_t column, int64_t width, float* block) {
     args.out = block + first * width;
     args.out_stride = width * (int64_t)sizeof(float);
     args.num_columns = width;
+    if (i + 1 < c.sorted.num_active) {
+      prefetch_start(args.panels + (c.sorted.active[i + 1] - expert) * packed_bytes(c.shape.hidden, k, c.format), args);
+    }
     c.table.matmul[format_kind(c.format)](&args);
   }
 }
