@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import peers_environments as environments  # type: ignore[import-not-found]
-from child_process import Program  # type: ignore[import-not-found]
+from child_process import Program, end_cleanly_when_told  # type: ignore[import-not-found]
 from common import machine, summary  # type: ignore[import-not-found]
+from kernels_workloads import huge_pages  # type: ignore[import-not-found]
 from peers_http import measure_http  # type: ignore[import-not-found]
 from peers_report import Report  # type: ignore[import-not-found]
 from peers_sides import GROUPS, HTTP_GROUPS, Place, Side, offline_child  # type: ignore[import-not-found]
-from read_bandwidth import ReadBandwidth  # type: ignore[import-not-found]
+
+from moe_runtime import _C, kernels
 
 PREFILL_TOKENS = 512
 DECODE_CONTEXT = 128
@@ -72,6 +74,18 @@ def step_bytes(config: dict[str, Any], batch: int, bits: float) -> float:
     moe = hidden * experts + distinct * 3 * hidden * config["moe_intermediate_size"]
     layers = config["num_hidden_layers"] * (attention + moe)
     return float((layers + hidden * config["vocab_size"]) * bits / 8)
+
+
+class ReadBandwidth:
+    """Owns a gigabyte, far beyond every cache, and reads it with our own threads."""
+
+    def __init__(self, threads: int) -> None:
+        kernels.set_num_threads(threads)
+        self._buffer = huge_pages(1 << 30).fill_(1)
+
+    def measure(self) -> float:
+        """Bytes per second, the better of two readings."""
+        return float(max(_C.read_bandwidth(self._buffer.data_ptr(), 1 << 30, 1) for _ in range(2)))
 
 
 class Measurement:
@@ -209,6 +223,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", help="only these sides of the groups")
     parser.add_argument("--name", default="peers", help="of the result files")
     arguments = parser.parse_args()
+    end_cleanly_when_told()
     arguments.work = arguments.work.resolve()
     place = Place(arguments.checkpoint.resolve(), arguments.work, arguments.threads, arguments.jobs)
     if arguments.prepare:

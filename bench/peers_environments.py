@@ -112,7 +112,7 @@ def _llama_source(folder: Path, python: Path) -> Path:
     source = folder / "src" / name
     if not source.exists():
         pip = [python, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-        _run(*pip, "--no-binary", ":all:", "-d", folder, f"llama-cpp-python=={LLAMA_CPP_PYTHON}")
+        _run(*pip, "--no-binary", "llama-cpp-python", "-d", folder, f"llama-cpp-python=={LLAMA_CPP_PYTHON}")
         with tarfile.open(folder / f"{name}.tar.gz") as archive:
             archive.extractall(folder / "src", filter="data")
     path = source / "vendor" / "llama.cpp" / "ggml" / "src" / "ggml-cpu" / "amx" / "mmq.cpp"

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from child_process import Program  # type: ignore[import-not-found]
+from child_process import Program, end_cleanly_when_told  # type: ignore[import-not-found]
 from common import machine, save, summary  # type: ignore[import-not-found]
 from http_load import free_port, random_prompt, run, wait_until_ready  # type: ignore[import-not-found]
 
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--name", default="serve", help="of the result file")
     arguments = parser.parse_args()
+    end_cleanly_when_told()
     port = free_port()
     flags = shlex.split(arguments.server_flags)
     with tempfile.TemporaryDirectory() as logs:
