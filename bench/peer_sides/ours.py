@@ -1,6 +1,7 @@
 """Our side of peers.py: the engine's model on batches built by hand, in the environment of the project."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ class Ours:
     """Sequence b owns blocks [64 b, 64 b + 64) of the cache."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        quantize = {"quantize": options["quantize"]} if options.get("quantize") else {}
         config = EngineConfig(
-            threads=options["threads"], block_size=BLOCK, num_blocks=BLOCKS_PER_SEQUENCE, **quantize
+            threads=options["threads"],
+            block_size=BLOCK,
+            num_blocks=BLOCKS_PER_SEQUENCE,
+            quantize=options["quantize"],
+            packed_dir=Path(options["packed"]),
         )
         self.model = Engine.load(options["folder"], config).model
         torch.set_num_threads(1)  # our pool does the work

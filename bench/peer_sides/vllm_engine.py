@@ -28,14 +28,18 @@ class Vllm:
             "enable_prefix_caching": False,
             "enforce_eager": options["eager"],
             "skip_tokenizer_init": True,
+            "distributed_executor_backend": "mp",
         }
         self.engine = LLM(model=str(options["folder"]), **flags).llm_engine
         from vllm.platforms import current_platform
 
+        if options["zen"] != current_platform.is_zen_cpu():
+            raise SystemExit(f"asked for zentorch: {options['zen']}, vLLM took {current_platform!r}")
         self.info = {
             "version": vllm.__version__,
             "torch": torch.__version__,
             "platform": type(current_platform).__name__,
+            "zentorch": options["zen"],
             "flags": flags | {
                 name: os.path.basename(os.environ.get(name, "")) for name in ENVIRONMENT
             },
