@@ -17,6 +17,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,8 @@ def open_file(path: Path, check_identity: Callable[[Any], None], *, verify: bool
         raise PackedFileError(f"cannot be read: {error}") from error
     finally:
         os.close(descriptor)
-    mapped.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without huge pages
+        mapped.madvise(mmap.MADV_HUGEPAGE)
     arrays = {name: _view(mapped, entry) for name, entry in table["arrays"].items()}
     return PackedFile(table["values"], arrays)
 
