@@ -137,7 +137,8 @@ def open_file(path: Path, check_identity: Callable[[Any], None], *, verify: bool
     FileNotFoundError where there is none.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        # Non-blocking: opening a pipe that lies in the file's place would wait for its writer forever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         raise
     except OSError as error:

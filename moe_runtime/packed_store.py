@@ -173,9 +173,13 @@ def _check_space(folder: Path, num_bytes: int) -> None:
 def _remove_leftovers(path: Path) -> None:
     """Unfinished files of processes that are gone: those that live hold a lock."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        with suppress(OSError), leftover.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink()
+        with suppress(OSError):
+            descriptor = os.open(leftover, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def _keep_in_memory(error: Exception) -> None:

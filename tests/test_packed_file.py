@@ -129,6 +129,12 @@ def _folder(path: Path) -> None:
     path.mkdir()
 
 
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+    os.mkfifo(path.with_name(f".{path.name}.1-aaaa.tmp"))  # in a leftover's place too
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "one bit of an expert": (_flip(_array_byte), r"experts.*damaged \(bytes \d+ to \d+\)"),
     "one bit of the table": (_flip(lambda data: len(data) - 9), "its table is damaged"),
@@ -147,6 +153,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "writable by the group": (lambda path: path.chmod(0o664), r"can be written by others \(mode 664\)"),
     "a link": (_link, "cannot be opened"),
     "a folder": (_folder, "not a regular file"),
+    "a pipe": (_pipe, "not a regular file"),
 }  # fmt: skip
 
 
