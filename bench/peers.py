@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import random
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,15 @@ from common import machine, summary  # type: ignore[import-not-found]
 from kernels_workloads import huge_pages  # type: ignore[import-not-found]
 from peers_http import measure_http  # type: ignore[import-not-found]
 from peers_report import Report  # type: ignore[import-not-found]
-from peers_sides import GROUPS, HTTP_GROUPS, Place, Side, offline_child  # type: ignore[import-not-found]
+from peers_sides import (  # type: ignore[import-not-found]
+    GROUPS,
+    HTTP_GROUPS,
+    Bits,
+    Place,
+    Side,
+    offline_child,
+    write_packed_file,
+)
 
 from moe_runtime import _C, kernels
 
@@ -65,16 +72,16 @@ class Engine:
         self._program.stop()
 
 
-def step_bytes(config: dict[str, Any], batch: int, bits: float) -> float:
+def step_bytes(config: dict[str, Any], batch: int, bits: Bits) -> float:
     """Bytes of weights that one decode step of ``batch`` random tokens reads, experts counted as expected."""
     hidden, dim = config["hidden_size"], config["head_dim"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     experts, chosen = config["num_experts"], config["num_experts_per_tok"]
     attention = hidden * dim * (2 * heads + 2 * kv_heads)
     distinct = experts * (1 - (1 - chosen / experts) ** batch)
-    moe = hidden * experts + distinct * 3 * hidden * config["moe_intermediate_size"]
-    layers = config["num_hidden_layers"] * (attention + moe)
-    return float((layers + hidden * config["vocab_size"]) * bits / 8)
+    moe = distinct * 3 * hidden * config["moe_intermediate_size"]
+    layer = (attention + moe) * bits.layers + hidden * experts * bits.router
+    return float((config["num_hidden_layers"] * layer + hidden * config["vocab_size"] * bits.head) / 8)
 
 
 class ReadBandwidth:
@@ -126,9 +133,8 @@ class Measurement:
                 else:
                     steps_seen = sorted(answer["step_seconds"])
                     seconds = steps_seen[len(steps_seen) // 2]
-                    row["bound_fraction"] = (
-                        step_bytes(self._config, tokens, engine.side.bits) / bandwidth / seconds
-                    )
+                    num_bytes = step_bytes(self._config, tokens, engine.side.bits)
+                    row |= {"megabytes": num_bytes / 1e6, "bound_fraction": num_bytes / bandwidth / seconds}
                 rows.append(row | {"tokens_per_s": tokens / seconds})
         return rows
 
@@ -136,12 +142,6 @@ class Measurement:
         """Seconds from the start of the process to the first token of a prompt."""
         engine.order(do="prefill", tokens=self._tokens(FIRST_PROMPT))
         return engine.seconds_since_start()
-
-
-def write_packed_file(side: Side) -> None:
-    """Start ours once without an order: it ends when the file that the next start maps is written."""
-    environment = os.environ | side.environment
-    subprocess.run(side.command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True)
 
 
 def measure_group(sides: list[Side], measurement: Measurement, rounds: int, logs: Path) -> dict[str, Any]:

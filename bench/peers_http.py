@@ -7,7 +7,13 @@ from typing import Any
 from child_process import Program  # type: ignore[import-not-found]
 from common import summary  # type: ignore[import-not-found]
 from http_load import free_port, random_prompt, run, wait_until_ready  # type: ignore[import-not-found]
-from peers_sides import Place, Side, http_server  # type: ignore[import-not-found]
+from peers_sides import (  # type: ignore[import-not-found]
+    Place,
+    Side,
+    http_server,
+    offline_child,
+    write_packed_file,
+)
 
 STREAMS = 8
 PROMPT_TOKENS = 128
@@ -23,7 +29,11 @@ def _bodies(rng: random.Random) -> list[dict[str, Any]]:
             "prompt": random_prompt(rng, PROMPT_TOKENS, VOCAB_SIZE),
             "max_tokens": ANSWER_TOKENS,
             "ignore_eos": True,
+            # All said: servers differ in what they filter by default.
             "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "min_p": 0.0,
         }
         for _ in range(STREAMS)
     ]
@@ -40,6 +50,8 @@ def measure_http(
             port = free_port()
             side = http_server(name, place, port, NAME, STREAMS)
             print(f"  starting {name}", flush=True)
+            if side.ours:
+                write_packed_file(offline_child(name, place))
             server = Program(side.command, side.environment, logs / f"http-{name}.log")
             servers.append((side, server, port))
             wait_until_ready(port, server.alive)

@@ -80,20 +80,21 @@ def _heading(title: str, entry: dict[str, Any]) -> Iterator[str]:
 
 
 def _group_table(entry: dict[str, Any]) -> Iterator[str]:
-    yield "| measure | engine | tokens/s | of the memory bound | ours / it | read bandwidth, GB/s |"
-    yield "|---|---|---|---|---|---|"
+    yield "| measure | engine | tokens/s | reads, MB | of the memory bound | ours / it | bandwidth, GB/s |"
+    yield "|---|---|---|---|---|---|---|"
     for measure, sides in entry["measures"].items():
         for side in entry["commands"]:
             row = sides[side]
             bound = _spread(row["bound_fraction"]) if "bound_fraction" in row else "-"
+            size = f"{row['megabytes']['median']:.0f}" if "megabytes" in row else "-"
             ratios = "; ".join(
                 f"{_spread(value)} {pair.partition(' / ')[0]}"
                 for pair, value in entry["ratios"][measure].items()
                 if pair.endswith(f" / {side}")
             )
             yield (
-                f"| {measure} | {side} | {_spread(row['tokens_per_s'], 1)} | {bound} | {ratios or '-'} "
-                f"| {_spread(row['read_gb_per_s'], 1)} |"
+                f"| {measure} | {side} | {_spread(row['tokens_per_s'], 1)} | {size} | {bound} "
+                f"| {ratios or '-'} | {_spread(row['read_gb_per_s'], 1)} |"
             )
 
 

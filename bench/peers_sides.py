@@ -5,6 +5,7 @@ A side is one engine with one format of weights. A group is what fits into memor
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,22 +14,43 @@ from typing import Any
 import peers_environments as environments  # type: ignore[import-not-found]
 
 GGUF_OF = {"bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k": "Q4_K_S"}
-# Stored bits per weight, scales included: what a step has to read. Ours: a float32 scale per row, and for
-# int4 a float16 scale per group of 128.
-BITS = {"bf16": 16.0, "q8_0": 8.5, "q4_0": 4.5, "q4_k": 4.5, "int8": 8.02, "int4": 4.14}
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Stored bits per weight, scales included: what a step has to read."""
+
+    layers: float  # attention and experts
+    head: float
+    router: float
+
+
+# Ours: the router in the checkpoint's bfloat16, a float32 scale per row, for int4 a float16 scale per group.
+# llama.cpp's default files: the router in float32, and the head of the 4-bit ones in Q6_K.
+BITS = {
+    "bf16": Bits(16.0, 16.0, 16.0),
+    "int8": Bits(8.02, 8.02, 16.0),
+    "int4": Bits(4.14, 4.14, 16.0),
+    "int4-g32": Bits(4.52, 4.52, 16.0),
+    "llama bf16": Bits(16.0, 16.0, 32.0),
+    "llama q8_0": Bits(8.5, 8.5, 32.0),
+    "llama q4_0": Bits(4.5, 6.5625, 32.0),
+    "llama q4_k": Bits(4.5, 6.5625, 32.0),
+}
+# int4 has 128 weights per scale; int4-g32 has 32, as many as llama.cpp's formats.
 GROUPS = {
     "bf16": ["transformers-grouped_mm", "llama-bf16", "ours-bf16"],
     "bf16-eager": ["transformers-eager", "ours-bf16"],
-    "vllm": ["vllm", "ours-bf16", "ours-int8", "ours-int4"],
-    "vllm-zen": ["vllm-zen", "ours-bf16"],
+    "vllm": ["vllm-bf16", "ours-bf16", "ours-int8", "ours-int4"],
+    "vllm-zen": ["vllm-zen-bf16", "ours-bf16"],
     "int8": ["llama-q8_0", "ours-int8"],
-    "int4": ["llama-q4_0", "llama-q4_k", "ours-int4"],
-    "avx2": ["llama-avx2-q4_0", "llama-avx2-q4_k", "ours-avx2-int4"],
+    "int4": ["llama-q4_0", "llama-q4_k", "ours-int4", "ours-int4-g32"],
+    "avx2": ["llama-avx2-q4_0", "llama-avx2-q4_k", "ours-avx2-int4", "ours-avx2-int4-g32"],
 }
 HTTP_GROUPS = {
-    "http-int4": ["vllm", "llama-q4_0", "llama-q4_k", "ours-int4"],
-    "http-int8": ["vllm", "llama-q8_0", "ours-int8"],
-    "http-bf16": ["vllm", "llama-bf16", "ours-bf16"],
+    "http-int4": ["vllm-bf16", "llama-q4_0", "llama-q4_k", "ours-int4"],
+    "http-int8": ["vllm-bf16", "llama-q8_0", "ours-int8"],
+    "http-bf16": ["vllm-bf16", "llama-bf16", "ours-bf16"],
 }
 
 
@@ -44,12 +66,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Side:
-    """A way to start an engine; ``bits`` per weight give its memory bound."""
+    """A way to start an engine; the ``bits`` of its weights give its memory bound."""
 
     name: str
     command: list[str]
     environment: dict[str, str]
-    bits: float
+    bits: Bits
 
     @property
     def ours(self) -> bool:
@@ -65,7 +87,8 @@ def offline_child(name: str, place: Place) -> Side:
         python, script = Path(sys.executable), "ours.py"
         rest, extra = _our_variables(rest)
         variables |= extra
-        options |= {"quantize": "none" if rest == "bf16" else rest, "packed": str(place.work / "packed")}
+        quantize, group = _quantize(rest)
+        options |= {"quantize": quantize, "group": group, "packed": str(place.work / "packed")}
     elif engine == "llama":
         python, script = environments.llama_python(place.work, place.jobs), "llama.py"
         build, rest = _llama_build(rest)
@@ -73,6 +96,7 @@ def offline_child(name: str, place: Place) -> Side:
         variables |= {"LLAMA_CPP_LIB_PATH": library, "LD_LIBRARY_PATH": library}
         options["avx512"] = build == "native"
         options["folder"] = str(_gguf(place, rest))
+        rest = f"llama {rest}"
     elif engine == "transformers":
         python, script = environments.transformers_python(place.work), "hf_transformers.py"
         options["experts"], rest = rest, "bf16"
@@ -98,7 +122,8 @@ def http_server(name: str, place: Place, port: int, served_name: str, streams: i
         command = [sys.executable, "-m", "moe_runtime.server", "--model", str(place.checkpoint), *at]
         command += ["--served-model-name", served_name, "--threads", threads]
         command += ["--packed-dir", str(place.work / "packed")]
-        command += [] if rest == "bf16" else ["--quantize", rest]
+        quantize, group = _quantize(rest)
+        command += ["--quantize", quantize, "--quantize-group", str(group)]
         return Side(name, command, variables | extra, BITS[rest])
     if engine == "llama":
         build, rest = _llama_build(rest)
@@ -107,7 +132,7 @@ def http_server(name: str, place: Place, port: int, served_name: str, streams: i
         command = [str(binary), "-m", str(_gguf(place, rest)), *at, "--alias", served_name]
         command += ["-t", threads, "-tb", threads, "-np", str(streams), "-c", str(1024 * streams)]
         command += ["-b", "2048", "-ub", "2048", "--no-cache-prompt", "--cache-ram", "0", "--no-ui"]
-        return Side(name, command, variables, BITS[rest])
+        return Side(name, command, variables, BITS[f"llama {rest}"])
     program = environments.vllm_python(place.work).parent / "vllm"
     command = [str(program), "serve", str(place.checkpoint), *at, "--served-model-name", served_name]
     command += ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", str(max(16, streams))]
@@ -115,6 +140,17 @@ def http_server(name: str, place: Place, port: int, served_name: str, streams: i
     command += [] if rest.endswith("compiled") else ["--enforce-eager"]
     variables |= _vllm_variables(place, zen=rest.startswith("zen"))
     return Side(name, command, variables, BITS["bf16"])
+
+
+def write_packed_file(side: Side) -> None:
+    """Start ours once without an order: it ends when the file that the next start maps is written."""
+    environment = os.environ | side.environment
+    subprocess.run(side.command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+
+
+def _quantize(rest: str) -> tuple[str, int]:
+    kind, _, group = rest.partition("-g")
+    return ("none" if kind == "bf16" else kind), int(group or 128)
 
 
 def _our_variables(rest: str) -> tuple[str, dict[str, str]]:

@@ -66,6 +66,17 @@ def measure(server: Program, port: int, arguments: argparse.Namespace) -> dict[s
     return result
 
 
+def first_start(command: list[str], port: int, log: Path) -> None:
+    """A start that writes the packed file if there is none: its writer would run beside what is measured."""
+    server = Program(command, {}, log)
+    try:
+        wait_until_ready(port, server.alive)
+        server.process.terminate()  # it ends when the file is complete
+        server.process.wait(600)
+    finally:
+        server.stop()
+
+
 def main() -> None:
     """Start, measure, stop, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -81,7 +92,9 @@ def main() -> None:
     port = free_port()
     flags = shlex.split(arguments.server_flags)
     with tempfile.TemporaryDirectory() as logs:
-        server = Program(server_command(arguments.folder, port, flags), {}, Path(logs) / "server.log")
+        command, log = server_command(arguments.folder, port, flags), Path(logs) / "server.log"
+        first_start(command, port, log)
+        server = Program(command, {}, log)
         try:
             result = measure(server, port, arguments)
         except BaseException:

@@ -26,6 +26,7 @@ class Ours:
             block_size=BLOCK,
             num_blocks=BLOCKS_PER_SEQUENCE,
             quantize=options["quantize"],
+            quantize_group=options["group"],
             packed_dir=Path(options["packed"]),
         )
         self.model = Engine.load(options["folder"], config).model
@@ -36,7 +37,8 @@ class Ours:
             "torch": torch.__version__,
             "isa": _C.isa(),
             "flags": {
-                "quantize": options.get("quantize") or "none (bfloat16)",
+                "quantize": options["quantize"],
+                "quantize_group": options["group"],
                 "threads": options["threads"],
             },
         }
