@@ -16,6 +16,7 @@ struct MatmulArgs {
   const char* panels;         // first panel of this task
   int64_t panel_stride;       // bytes
   int64_t num_panels;
+  const char* next;           // what will be read after them, or null: what lies behind them
   int32_t format;             // of the weights
   int64_t k;                  // the padding behind it is zeros
   void* out;                  // row r at out + r * out_stride; float for matmul, hidden row type for gate_up

@@ -19,8 +19,10 @@ struct IntegerTile {
   int group_shift;                   // int4: scale group of block b is b >> group_shift
   int64_t first_block, end_block;    // of 64 k
   float* sums;                       // [rows][panels * 32], carried between K blocks
-  int64_t prefetch;                  // how far ahead of what is read to prefetch, bytes
-  int64_t first_line, num_lines;     // which lines of each block, of all panels together
+  bool streams;                      // the only tile: it prefetches as it goes, kStreamAhead from what it reads
+  const char* next;                  // the panels that are read after these
+  int64_t prefetch;                  // else how far ahead of what is read to prefetch, bytes
+  int64_t first_line, end_line;      // and which lines of each block, of all panels together
 };
 
 // What a tile is specialised for. Span: how many k share a pair of scales, and one int32 sum.
@@ -51,10 +53,25 @@ static inline int64_t scale_group(const IntegerTile& t, int64_t block, int part)
   return F::kSpan == 32 ? 2 * block + part : block >> t.group_shift;
 }
 
+// Where the block lies that one tile alone reads kStreamAhead after `block` of panel p, in these panels or the next
+// ones, whose header comes along.
+template <class F, int P>
+static inline const char* stream_ahead(const IntegerTile& t, int64_t block, int p) {
+  static_assert(kStreamAhead % F::kBlockBytes == 0, "a block is ahead as a whole");
+  const int64_t beyond = t.header + block * F::kBlockBytes + kStreamAhead - t.panel_stride;
+  if (beyond < 0) return t.panels + (p + 1) * t.panel_stride + beyond;
+  const char* next = t.next + p * t.panel_stride;
+  if (beyond == 0) {
+    for (int64_t i = 0; i < t.header; i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
+  }
+  return next + t.header + beyond;
+}
+
+// This tile's share of what several tiles will read next.
 template <class F>
-static inline void prefetch_block(const IntegerTile& t, int64_t block) {
+static inline void prefetch_share(const IntegerTile& t, int64_t block) {
   constexpr int64_t lines = F::kBlockBytes / 64;
-  for (int64_t i = t.first_line; i < t.first_line + t.num_lines; ++i) {
+  for (int64_t i = t.first_line; i < t.end_line; ++i) {
     const char* panel = t.panels + (i >= lines ? t.panel_stride : 0) + t.header;
     _mm_prefetch(panel + block * F::kBlockBytes + (i >= lines ? i - lines : i) * 64 + t.prefetch, _MM_HINT_T0);
   }
@@ -96,14 +113,14 @@ static void integer_chunk(const MatmulArgs& a, int64_t first_row, int64_t num_ro
   const int64_t tile_rows = planes == 2 ? kIntegerTile / 2 : kIntegerTile;
   const int64_t tiles = (num_rows + tile_rows - 1) / tile_rows, blocks = round_up(a.k, kRowBlock) / kRowBlock;
   const int64_t at_once = tiles > 1 ? kIntegerBlockBytes / (P * F::kBlockBytes) : blocks;
-  t.num_lines = (P * F::kBlockBytes / 64 + tiles - 1) / tiles;
+  const int64_t lines = P * F::kBlockBytes / 64;  // of a block
+  t.streams = tiles == 1;
+  t.next = panel + P < a.num_panels || !a.next ? t.panels + P * a.panel_stride : a.next;
   for (int64_t b = 0; b < blocks; b += at_once) {
     t.first_block = b;
     t.end_block = b + at_once < blocks ? b + at_once : blocks;
-    // Prefetch the following K block, or the first of the next panels; a single tile streams a fixed distance ahead.
-    t.prefetch = tiles == 1             ? kStreamAhead
-                 : t.end_block < blocks ? at_once * F::kBlockBytes
-                                        : P * a.panel_stride - b * F::kBlockBytes;
+    // Several tiles share the following K block, or the first of the next panels.
+    t.prefetch = t.end_block < blocks ? at_once * F::kBlockBytes : P * a.panel_stride - b * F::kBlockBytes;
     int64_t row = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t end = num_rows * (tile + 1) / tiles;
@@ -112,7 +129,8 @@ static void integer_chunk(const MatmulArgs& a, int64_t first_row, int64_t num_ro
         t.rows[r - row] = a.rows + index * a.row_stride;
       }
       t.sums = sums + row * P * kPanelColumns;
-      t.first_line = tile * t.num_lines;
+      t.first_line = lines * tile / tiles;
+      t.end_line = lines * (tile + 1) / tiles;
       if (planes == 2) integer_rows<F, 2, P>(t, end - row);
       else integer_rows<F, 1, P>(t, end - row);
       row = end;

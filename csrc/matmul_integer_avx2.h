@@ -1,6 +1,6 @@
 // One tile of matmul_integer.h without VNNI. Pairs of products go to int16, which must not saturate:
 //   int4: codes up to 15 times at most 127, eight pairs: 8 * 2 * 15 * 127 = 30480, then widened.
-//   int8: |w| up to 127 times at most 127, one pair, the sign moved to the activation (w = code - 128).
+//   int8: up to 127 times at most 127, one pair, the sign moved to the other factor (w = code - 128, codes from 1).
 
 // acc[row and plane][4] += one line (a tile pair: 4 vectors of 8 columns) of int4, in int16.
 template <int RP>
@@ -24,9 +24,16 @@ static inline void add_nibbles(const char* line, const char* const* activations,
   }
 }
 
+// One line ahead for each that is read: in a burst they would wait for each other. Null: nothing to prefetch.
+static inline void prefetch_line(const char* ahead, int line) {
+  if (!ahead) return;
+  _mm_prefetch(ahead + line * 128, _MM_HINT_T0);
+  _mm_prefetch(ahead + line * 128 + 64, _MM_HINT_T0);
+}
+
 // The integers of one span: out[row and plane][4], int32, zero points not yet taken off for int4.
 template <class F, int RP>
-static inline void span_products(const char* lines, const char* const* activations, int64_t first_k,
+static inline void span_products(const char* lines, const char* ahead, const char* const* activations, int64_t first_k,
                                  __m256i (*out)[4]) {
   const __m256i ones = _mm256_set1_epi16(1);
   for (int r = 0; r < RP; ++r) {
@@ -42,6 +49,7 @@ static inline void span_products(const char* lines, const char* const* activatio
       }
 #pragma GCC unroll 4
       for (int line = 4 * four; line < 4 * four + 4; ++line) {
+        prefetch_line(ahead, line);
         add_nibbles<RP>(lines + line * 128, activations, first_k + line * 8, pairs);
       }
 #pragma GCC unroll 2
@@ -54,16 +62,18 @@ static inline void span_products(const char* lines, const char* const* activatio
   }
   const __m256i flip = _mm256_set1_epi8((char)0x80);
   for (int line = 0; line < F::kSpan / 4; ++line) {
+    prefetch_line(ahead, line);
     __m256i a[RP];
 #pragma GCC unroll 2
     for (int r = 0; r < RP; ++r) a[r] = _mm256_set1_epi32(load_four(activations[r] + first_k + line * 4));
 #pragma GCC unroll 4
     for (int n = 0; n < 4; ++n) {
       const __m256i w = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(lines + line * 128 + n * 32)), flip);
-      const __m256i size = _mm256_abs_epi8(w);
+      const __m256i size = _mm256_abs_epi8(w);  // one row alone: of the activation instead, once per line
 #pragma GCC unroll 2
       for (int r = 0; r < RP; ++r) {
-        const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(a[r], w));
+        const __m256i pairs = RP == 1 ? _mm256_maddubs_epi16(_mm256_abs_epi8(a[0]), _mm256_sign_epi8(w, a[0]))
+                                      : _mm256_maddubs_epi16(size, _mm256_sign_epi8(a[r], w));
         out[r][n] = _mm256_add_epi32(out[r][n], _mm256_madd_epi16(pairs, ones));
       }
     }
@@ -78,11 +88,14 @@ static void multiply_integer(const IntegerTile& t) {
   for (int i = 0; i < RP; ++i) activations[i] = t.rows[i / PLANES] + i % PLANES * t.low;
   if (t.first_block == 0) __builtin_memset(t.sums, 0, R * kPanelColumns * sizeof(float));
   for (int64_t block = t.first_block; block < t.end_block; ++block) {
-    prefetch_block<F>(t, block);
+    const char* ahead = t.streams ? stream_ahead<F, P>(t, block, 0) : nullptr;
+    if (!t.streams) prefetch_share<F>(t, block);
     for (int part = 0; part < kRowBlock / F::kSpan; ++part) {
       const int64_t group = scale_group<F>(t, block, part), first_k = block * kRowBlock + part * F::kSpan;
       __m256i products[RP][4];
-      span_products<F, RP>(t.panels + t.header + first_k / F::kLineK * 128, activations, first_k, products);
+      const char* lines = t.panels + t.header + first_k / F::kLineK * 128;
+      span_products<F, RP>(lines, ahead, activations, first_k, products);
+      if (ahead) ahead += F::kSpan / F::kLineK * 128;
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) {
         const int32_t minus = -span_sum<F>(t, r, block, part);

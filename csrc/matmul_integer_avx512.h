@@ -15,7 +15,11 @@ static void multiply_integer(const IntegerTile& t) {
   for (int p = 0; p < P; ++p) panels[p] = t.panels + p * t.panel_stride;
 
   for (int64_t block = t.first_block; block < t.end_block; ++block) {
-    prefetch_block<F>(t, block);
+    for (int p = 0; t.streams && p < P; ++p) {
+      const char* ahead = stream_ahead<F, P>(t, block, p);
+      for (int64_t i = 0; i < F::kBlockBytes; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
+    }
+    if (!t.streams) prefetch_share<F>(t, block);
     for (int part = 0; part < kRowBlock / F::kSpan; ++part) {
       const int64_t group = scale_group<F>(t, block, part);
       __m512i acc[R][PLANES][N];

@@ -119,7 +119,8 @@ void down_task(const Call& c, int64_t column, int64_t width, float* block) {
     args.out_stride = width * (int64_t)sizeof(float);
     args.num_columns = width;
     if (i + 1 < c.sorted.num_active) {
-      prefetch_start(args.panels + (c.sorted.active[i + 1] - expert) * packed_bytes(c.shape.hidden, k, c.format), args);
+      args.next = args.panels + (c.sorted.active[i + 1] - expert) * packed_bytes(c.shape.hidden, k, c.format);
+      prefetch_start(args.next, args);
     }
     c.table.matmul[format_kind(c.format)](&args);
   }

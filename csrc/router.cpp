@@ -77,8 +77,10 @@ void route_row(const float* logits, int64_t num_experts, const float* bias, cons
   best(row.choice, num_experts, rules.top_k, ids);
 
   double sum = 0;
+  float highest = -FLT_MAX;  // with a bias the first need not be it
+  for (int64_t i = 0; i < rules.top_k; ++i) highest = std::max(highest, row.clean[ids[i]]);
   for (int64_t i = 0; i < rules.top_k; ++i) {
-    if (rules.softmax_after_topk) row.scores[ids[i]] = std::exp((double)row.clean[ids[i]] - row.clean[ids[0]]);
+    if (rules.softmax_after_topk) row.scores[ids[i]] = std::exp((double)row.clean[ids[i]] - highest);
     sum += row.scores[ids[i]];
   }
   double factor = rules.routed_scaling;

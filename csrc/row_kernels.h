@@ -119,7 +119,7 @@ static void weighted_sum(const float* const* rows, const float* weights, int64_t
 static float largest(const float* x, int64_t count) {
   Vec top = v_set(-__builtin_inff());
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) top = v_max(top, v_load(x + i));
+  for (; i + kLanes <= count; i += kLanes) top = v_max(v_load(x + i), top);  // of a NaN and `top`, `top`
   float best = v_max_lane(top);
   for (; i < count; ++i) best = x[i] > best ? x[i] : best;
   return best;

@@ -112,9 +112,8 @@ int64_t draw_among(const Row& row, const int32_t* ids, int64_t count, double fra
   return last;
 }
 
-int64_t draw_of_all(const Row& row, double fraction) {
-  double total = 0, reached = 0;
-  for (int64_t b = 0; b < row.blocks; ++b) total += row.block_mass[b];
+int64_t draw_of_all(const Row& row, double total, double fraction) {
+  double reached = 0;
   const double target = fraction * total;
   int64_t last = 0;
   for (int64_t b = 0; b < row.blocks; ++b) {
@@ -146,8 +145,11 @@ int64_t choose_token(const float* logits, int64_t size, const SamplingRules& rul
   if (!std::isfinite(best)) return -1;
   Scratch scratch;
   const Row row(table, logits, size, best, (float)rules.temperature, scratch);
+  double total = 0;
+  for (int64_t b = 0; b < row.blocks; ++b) total += row.block_mass[b];
+  if (!std::isfinite(total)) return -1;  // a NaN, which the search for the largest does not see
   const bool filtered = rules.min_p > 0 || (rules.top_k > 0 && rules.top_k < size) || rules.top_p < 1;
-  if (!filtered) return draw_of_all(row, rules.fraction);
+  if (!filtered) return draw_of_all(row, total, rules.fraction);
   int32_t* ids = scratch.take<int32_t>(size);
   float bound = rules.min_p > 0 ? (float)std::log(rules.min_p) : -INFINITY;
   if (rules.top_k > 0 && rules.top_k < size) bound = top_k_bound(row, bound, rules.top_k, ids);

@@ -125,7 +125,7 @@ class Pool {
         const uint64_t seen = state_.load(std::memory_order_relaxed) >> kJobShift;
         std::thread([this, id = started_ + 1, seen] { serve(id, seen); }).detach();
       }
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {  // no more threads, or no memory for one
       limit_.store(1 + started_, std::memory_order_relaxed);  // or every call would try again
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);

@@ -191,8 +191,10 @@ def attention(
     tokens, heads, key_dim = q.shape
     num_blocks, kv_heads, block_size, _ = k_cache.shape
     sequences, max_blocks = block_tables.shape
-    if kv_heads == 0 or heads % kv_heads:
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise failure(op, "q", f"a multiple of {kv_heads} heads", f"{heads} heads")
+    if key_dim == 0:
+        raise failure(op, "q", "heads of at least one number", list(q.shape))
     tag = cache_tag(op, "k_cache", k_cache)
     dtype, places = k_cache.dtype, (num_blocks, kv_heads, block_size)
     keys_at = check(op, "k_cache", k_cache, (*places, row_size(key_dim, dtype)), dtype)

@@ -52,6 +52,8 @@ def pack_linear_heads(weights: torch.Tensor | Sequence[Weight]) -> PackedLinear:
     if isinstance(weights, torch.Tensor):
         check_dims(op, "weights", weights, 3)
     (n, k), weight_format = weights[0].shape, _format(weights[0])
+    if not n or not k:
+        raise failure(op, "weights[0]", "a matrix with rows and columns", [n, k])
     data = _new_packed(len(weights), _C.packed_bytes(n, k, weight_format.tag))
     for head, weight in enumerate(weights):
         if _format(weight) != weight_format:

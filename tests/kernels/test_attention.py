@@ -237,3 +237,11 @@ def test_a_slot_out_of_range_is_refused(slot: int) -> None:
     slots = torch.tensor([0, slot])
     with pytest.raises(KernelError, match=rf"write_cache: slots\[1\] = {slot}, expected 0 <= slot < 32"):
         cpu.write_cache(torch.zeros(4, 1, 8, 4), torch.zeros(2, 1, 4), slots)
+
+
+def test_no_heads_and_empty_heads_are_refused() -> None:
+    places = (torch.zeros(1).int(), torch.zeros(1).int(), torch.zeros(1, 1).int())
+    for heads, dim, message in ((0, 8, "a multiple of 1 heads"), (1, 0, "at least one number")):
+        cache = torch.zeros(1, 1, 16, dim)
+        with pytest.raises(KernelError, match=message):
+            cpu.attention(torch.zeros(1, heads, dim), cache, cache, *places, 1.0)

@@ -119,5 +119,8 @@ def test_wrong_tensors_are_named_in_the_error() -> None:
         cpu.linear(torch.zeros(2, 8), packed, torch.zeros(5))
     with pytest.raises(KernelError, match=r"contiguous"):
         cpu.linear(torch.zeros(8, 2).T, packed)
+    for shape in ((4, 0), (0, 4)):
+        with pytest.raises(KernelError, match=r"a matrix with rows and columns"):
+            packing.pack_linear(torch.zeros(shape))
     with pytest.raises(KernelError, match=r"weights of torch.int8"):
         packing.pack_linear(torch.zeros(4, 8, dtype=torch.int8))

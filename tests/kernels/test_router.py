@@ -82,6 +82,14 @@ def test_bias_changes_the_choice_but_not_the_weight() -> None:
     assert ids.tolist() == [[3]] and weights.tolist() == [[0.5]]
 
 
+def test_a_bias_against_the_largest_logit_leaves_weights_finite() -> None:
+    logits = torch.tensor([[-800.0, 800.0, 0.0, -3.0]])
+    bias = torch.tensor([2.0, -0.5, 0.0, 0.0])
+    for route in (cpu.route, reference.route):
+        ids, weights = route(logits, RouterSpec(2, softmax_after_topk=True), bias)
+        assert ids.tolist() == [[0, 1]] and weights.tolist() == [[0.0, 1.0]]
+
+
 def test_rules_that_cannot_hold_are_refused() -> None:
     for spec in (
         RouterSpec(9),

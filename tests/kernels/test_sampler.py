@@ -75,9 +75,11 @@ def test_draws_follow_the_distribution(isa: str) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_row_without_a_finite_best_gives_no_token(isa: str, bad: float) -> None:
     assert sampler.choose_token(np.full(300, -np.inf, dtype=np.float32), 1.0, 0.0, 0, 1.0, 0.5) == -1
-    row = np.zeros(300, dtype=np.float32)
-    row[-1] = bad
-    assert math.isnan(bad) or sampler.choose_token(row, 1.0, 0.0, 0, 1.0, 0.5) == -1
+    for place in (0, 7, 256, 299):
+        row = np.zeros(300, dtype=np.float32)
+        row[place] = bad
+        assert sampler.choose_token(row, 1.0, 0.0, 0, 1.0, 0.5) == -1
+        assert sampler.choose_token(row, 1.0, 0.0, 5, 0.9, 0.5) == -1
 
 
 def test_wrong_rows_are_refused() -> None:
