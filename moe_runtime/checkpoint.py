@@ -6,13 +6,17 @@ used as paths. Knows nothing of models.
 """
 
 import mmap
+import os
 import re
+import stat
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -93,7 +97,7 @@ class Checkpoint:
         with self._lock:
             mapped = self._maps.get(path)
             if mapped is None:
-                with path.open("rb") as file:
+                with open_regular(path) as file:
                     # Copy-on-write, which torch wants and nobody uses: private pages are only made by
                     # writing.
                     mapped = self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -128,15 +132,27 @@ def list_weight_files(folder: Path) -> list[Path]:
     return _list_files(folder)[0]
 
 
-def read_header_bytes(path: Path) -> bytes:
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """``path`` for reading. Raises OSError, and CheckpointError for what is no file."""
+    with open(path, "rb", opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise CheckpointError("not a regular file", file=path.name)
+        yield file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # opening a pipe would wait for its writer for ever
+
+
+def read_header_bytes(file: BinaryIO, name: str) -> bytes:
     """The header of a safetensors file as it is, unchecked but for its size. Raises OSError,
     CheckpointError.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER_BYTES:
-            raise CheckpointError(f"header of {length} bytes", file=path.name)
-        return file.read(length)
+    length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"header of {length} bytes", file=name)
+    return file.read(length)
 
 
 def _list_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -188,12 +204,12 @@ def _refuse_strays(folder: Path, files: list[Path]) -> None:
 def read_header(path: Path) -> Iterator[TensorEntry]:
     """The tensors of one file, checked against each other and the file's size. Raises CheckpointError."""
     if path.exists() and not path.is_file():
-        raise CheckpointError("not a regular file", file=path.name)  # opening a pipe would wait for ever
+        raise CheckpointError("not a regular file", file=path.name)  # the library would wait for a pipe
     try:
         with safe_open(path, framework="pt"):  # the library's own checks
             pass
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(f"header of {length} bytes in a file of {size}", file=path.name)

@@ -1,5 +1,6 @@
 """Engine: token ids in, events out. One step at a time, on one thread; knows no HTTP and no asyncio."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,13 +14,14 @@ from moe_runtime import kernels, loader
 from moe_runtime.batch import Batch
 from moe_runtime.chat import ChatTemplate
 from moe_runtime.config import EngineConfig
+from moe_runtime.device import choose_device, told_as_config_errors
 from moe_runtime.engine_setup import CacheSize, check_vocabulary, default_params, end_ids, plan_cache
 from moe_runtime.errors import ContextLengthExceeded, RequestError, RequestFailed
 from moe_runtime.generation import Generation, Sampled, rows_of
 from moe_runtime.kv_cache import BlockPool
 from moe_runtime.output import Completion, EngineStats, TokenEvent, TokenLogprob, TopLogprob
 from moe_runtime.packed_store import PackedStore
-from moe_runtime.quant.quality import Gate, text_ids
+from moe_runtime.quant.quality import Gate
 from moe_runtime.quant.recipe import Recipe
 from moe_runtime.quant.statistics import load_moments
 from moe_runtime.sampling import Chooser, Logits, SamplingParams, draw_seed
@@ -29,6 +31,7 @@ from moe_runtime.tokenizer import Tokenizer
 
 __all__ = ["Completion", "Engine", "EngineStats", "TokenEvent", "TokenLogprob", "TopLogprob"]
 
+LOGGER = logging.getLogger(__name__)
 MAX_LOGIT_VALUES = 1 << 26  # logits held at once: 256 MiB of float32
 
 
@@ -92,19 +95,20 @@ class Engine:
         if config.threads is not None:
             kernels.set_num_threads(config.threads)
             torch.set_num_threads(config.threads)
-        chosen, recipe = kernels.choose(config.backend), Recipe.of(config)
+        place = choose_device(config.device, config.backend)
+        LOGGER.info(place.reason)
+        chosen, recipe = kernels.choose(config.backend, device=place.device), Recipe.of(config)
         if config.quantize_statistics is not None:
             recipe = replace(recipe, moments=load_moments(config.quantize_statistics, model_dir))
         store = None
         if config.packed_file and chosen.backend == "cpu":
             store = PackedStore(model_dir, recipe, config.packed_dir, config.packed_verify)
-        gate = None
-        if config.max_quant_kl is not None and recipe.formats:
-            gate = Gate(config.max_quant_kl, text_ids(model_dir, tokenizer))
-        model = loader.load_model(model_dir, chosen, recipe, store, gate)
-        if chosen.backend == "cpu":
-            torch.set_num_threads(1)
-        return cls(model, tokenizer, config, chat=chat, params=params, chooser=chosen.choose_token)
+        gate = Gate.choose(config.max_quant_kl, recipe, model_config, model_dir, tokenizer)
+        with told_as_config_errors(chosen.device):
+            model = loader.load_model(model_dir, chosen, recipe, store, gate)
+            if chosen.backend == "cpu":
+                torch.set_num_threads(1)
+            return cls(model, tokenizer, config, chat=chat, params=params, chooser=chosen.choose_token)
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError or ContextLengthExceeded for a request that must not be admitted."""

@@ -1,7 +1,7 @@
 """Loads a model folder: config, then every tensor from the mapped file straight into its final home.
 
 All that can be wrong with a checkpoint is found here and raised as CheckpointError, never at the first token.
-Peak memory is the weights plus the largest single matrix.
+Peak memory is the weights plus the matrices under way: at most one per thread of the kernels, and one more.
 """
 
 import re
@@ -23,7 +23,7 @@ from moe_runtime.layers.slots import Slot
 from moe_runtime.model_config import ModelConfig
 from moe_runtime.models import Architecture, find_architecture
 from moe_runtime.packed_file import PackedFile, PackedFileError
-from moe_runtime.packed_model import is_packed, restore
+from moe_runtime.packed_model import is_packed, restore, stored_dtype
 from moe_runtime.packed_store import PackedStore
 from moe_runtime.quant.fp8 import SCALE_SUFFIX, Fp8Weight
 from moe_runtime.quant.int4 import Int4Weight, find_int4
@@ -36,7 +36,6 @@ GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 FP8 = "F8_E4M3"
-MEASURED = "divergence"  # the gate's finding, in the values of a packed file
 
 StoredWeight = PlainWeight | Fp8Weight | Int4Weight
 
@@ -55,14 +54,18 @@ def load_model(
     """
     require_model_folder(model_dir)
     packed = None if store is None else store.open()
-    known = None if packed is None else packed.values.get(MEASURED)
+    known = None if gate is None or store is None else store.read_finding()
     if gate is not None:
         gate.prepare(known, lambda: _pack(model_dir, kernels, Recipe()))
     restored = None if store is None or packed is None else _restore(model_dir, kernels, store, packed)
     model = restored or _pack(model_dir, kernels, recipe)
-    measured = known if gate is None else gate.measure(model)
-    if store is not None and is_packed(model) and (restored is None or measured != known):
-        store.save(model, {MEASURED: measured})
+    if gate is not None:
+        found = gate.measure(model)
+        if store is not None and found != known:
+            store.keep_finding(found)  # a refused model, too, is measured but once
+        gate.check(found)
+    if store is not None and restored is None and is_packed(model):
+        store.save(model)
     return model
 
 
@@ -78,9 +81,9 @@ def _pack(model_dir: Path, kernels: Kernels, recipe: Recipe) -> Decoder:
 
 def _restore(model_dir: Path, kernels: Kernels, store: PackedStore, packed: PackedFile) -> Decoder | None:
     """The model from its packed file, if it fits."""
-    architecture, config = read_model_config(model_dir, packed.values["dtype"])
-    model = architecture.build(config, kernels)
     try:
+        architecture, config = read_model_config(model_dir, stored_dtype(packed))
+        model = architecture.build(config, kernels)
         restore(model, packed)
     except PackedFileError as error:
         store.refuse(error)

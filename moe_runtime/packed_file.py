@@ -9,6 +9,7 @@ Numbers are little-endian, the bytes of an array those the kernels read, on any 
 wrong with a file is a PackedFileError that says so; the caller makes a new one.
 """
 
+import errno
 import json
 import mmap
 import os
@@ -31,6 +32,10 @@ FILE_VERSION = 1
 MAGIC = b"MOEPACK\n"
 PREAMBLE = struct.Struct("<8sIIQQQ16xQ")
 HUGE_PAGE = 2 << 20
+# What reading a table that another version of this program wrote can end in.
+TABLE_ERRORS = (
+    ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, KernelError,
+)  # fmt: skip
 LINE = 64
 BLOCK_BYTES = 16 << 20  # bytes under one checksum, where the caller wants no other
 WRITE_BYTES = 16 << 20
@@ -62,6 +67,12 @@ class PackedFile:
 
     values: Mapping[str, Any]
     arrays: Mapping[str, torch.Tensor]
+    num_bytes: int
+
+
+def table_error(error: Exception) -> PackedFileError:
+    """For one of TABLE_ERRORS."""
+    return PackedFileError(f"its table does not fit this program: {type(error).__name__}: {error}")
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -130,34 +141,56 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-def open_file(path: Path, check_identity: Callable[[Any], None], *, verify: bool) -> PackedFile:
+def open_file(
+    path: str | Path, check_identity: Callable[[Any], None], *, verify: bool, folder: int | None = None
+) -> PackedFile:
     """Map a file after checking owner, size, versions, table, and with ``verify`` every checksum.
 
-    ``check_identity`` raises PackedFileError for what the file was made from. Raises PackedFileError, and
-    FileNotFoundError where there is none.
+    ``path`` may be relative to an open ``folder``. ``check_identity`` raises PackedFileError for what the
+    file was made from. Raises PackedFileError, and FileNotFoundError where there is none.
     """
+    descriptor, size = open_owned(path, folder)
     try:
-        # Non-blocking: opening a pipe that lies in the file's place would wait for its writer forever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise PackedFileError(f"cannot be opened: {error.strerror}") from error
-    try:
-        size = _check_owner(descriptor)
         table = _read_table(descriptor, size)
         check_identity(table["identity"])
         if verify:
             _verify(descriptor, table["arrays"])
         mapped = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-    except (OSError, ValueError, KeyError, TypeError, KernelError) as error:
+        with suppress(OSError):  # a kernel without huge pages
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+        arrays = {name: _view(mapped, entry) for name, entry in table["arrays"].items()}
+        return PackedFile(dict(table["values"]), arrays, size)
+    except OSError as error:
         raise PackedFileError(f"cannot be read: {error}") from error
+    except TABLE_ERRORS as error:
+        raise table_error(error) from error
     finally:
         os.close(descriptor)
-    with suppress(OSError):  # a kernel without huge pages
-        mapped.madvise(mmap.MADV_HUGEPAGE)
-    arrays = {name: _view(mapped, entry) for name, entry in table["arrays"].items()}
-    return PackedFile(table["values"], arrays)
+
+
+def open_owned(path: str | Path, folder: int | None = None) -> tuple[int, int]:
+    """Descriptor and size of a file that nobody but us or root could have written; ``path`` may be relative
+    to an open ``folder``. Raises PackedFileError, and FileNotFoundError where there is none.
+    """
+    try:
+        # Non-blocking: opening a pipe that lies in the file's place would wait for its writer forever.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags, dir_fd=folder)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise PackedFileError("it is a symbolic link; use --packed-dir for another place") from error
+        raise PackedFileError(f"cannot be opened: {error.strerror}") from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise PackedFileError("not a regular file")
+        check_owner(status, "the file")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, status.st_size
 
 
 def check_owner(status: os.stat_result, what: str) -> None:
@@ -166,14 +199,6 @@ def check_owner(status: os.stat_result, what: str) -> None:
         raise PackedFileError(f"{what} belongs to user {status.st_uid}, not to us ({os.geteuid()}) or root")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PackedFileError(f"{what} can be written by others (mode {stat.S_IMODE(status.st_mode):o})")
-
-
-def _check_owner(descriptor: int) -> int:
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        raise PackedFileError("not a regular file")
-    check_owner(status, "the file")
-    return status.st_size
 
 
 def _read_table(descriptor: int, size: int) -> dict[str, Any]:
@@ -215,7 +240,11 @@ def _verify(descriptor: int, entries: Mapping[str, Any]) -> None:
 
     def check(job: tuple[str, int, int, int]) -> None:
         name, offset, count, checksum = job
-        if _C.checksum_file(descriptor, offset, count) != checksum:
+        try:
+            found = _C.checksum_file(descriptor, offset, count)
+        except KernelError as error:  # the disk, or somebody cutting the file meanwhile
+            raise PackedFileError(f"{name} cannot be read: {error}") from error
+        if found != checksum:
             raise PackedFileError(f"{name} is damaged (bytes {offset} to {offset + count})")
 
     with ThreadPoolExecutor(_C.num_threads()) as pool:

@@ -13,7 +13,9 @@ import torch
 from moe_runtime.kernels import PackedExperts, PackedLinear, WeightFormat
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.layers.slots import Place
-from moe_runtime.packed_file import Array, PackedFile, PackedFileError
+from moe_runtime.packed_file import TABLE_ERRORS, Array, PackedFile, PackedFileError, table_error
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def save(model: Decoder) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -33,7 +35,32 @@ def save(model: Decoder) -> tuple[dict[str, Array], dict[str, Any]]:
 
 
 def restore(model: Decoder, file: PackedFile) -> None:
-    """Fill a model that has no weights yet. Raises PackedFileError when the file does not fit it."""
+    """Fill a model that has no weights yet. Raises PackedFileError when the file does not fit it; the model
+    is then of no use.
+    """
+    try:
+        _fill(model, file)
+    except TABLE_ERRORS as error:
+        raise table_error(error) from error
+
+
+def stored_dtype(file: PackedFile) -> str:
+    """The dtype of the model that was saved. Raises PackedFileError."""
+    dtype = file.values.get("dtype")
+    if dtype not in DTYPES:
+        raise PackedFileError(f"its table does not fit this program: dtype {str(dtype)[:40]!r}")
+    return str(dtype)
+
+
+def is_packed(model: Decoder) -> bool:
+    """Whether all weights are in the layout of csrc/layout.h: rows of other backends are not kept in
+    files.
+    """
+    kept = [getattr(place.owner, place.attribute) for _, place in _places(model)]
+    return all(isinstance(item, torch.Tensor) or item.layout == "panels" for item in kept if item is not None)
+
+
+def _fill(model: Decoder, file: PackedFile) -> None:
     places = dict(_places(model))
     described = file.values["places"]
     if places.keys() != described.keys():
@@ -42,15 +69,7 @@ def restore(model: Decoder, file: PackedFile) -> None:
     for name, place in places.items():
         parts = {part: file.arrays[f"{name}/{part}"] for part in described[name]["parts"]}
         setattr(place.owner, place.attribute, _rebuild(described[name], parts))
-    model.config = replace(model.config, weight_bytes=file.values["weight_bytes"])
-
-
-def is_packed(model: Decoder) -> bool:
-    """Whether all weights are in the layout of csrc/layout.h: rows of other backends are not kept in
-    files.
-    """
-    kept = [getattr(place.owner, place.attribute) for _, place in _places(model)]
-    return all(item.layout == "panels" for item in kept if isinstance(item, PackedLinear | PackedExperts))
+    model.config = replace(model.config, weight_bytes=int(file.values["weight_bytes"]))
 
 
 def _places(model: Decoder) -> Iterator[tuple[str, Place]]:

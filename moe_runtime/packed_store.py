@@ -1,42 +1,44 @@
 """Keeps packed weights between starts: beside the model, or in a folder of the user's choice.
 
-A file is used when it was made from this very checkpoint (config, and each weight file's name, size, time and
-header) with this recipe and layout, when nobody but us or root could have written it, and when its checksums
-hold. Otherwise the log says why, and a new one takes its place. Without a place to write, weights stay in
-memory.
+A file is used when it was made from this very checkpoint with this recipe, conversion (packed_identity.py)
+and layout, when nobody but us or root could have written it, and when its checksums hold. Otherwise the log
+says why, and a new one takes its place. Without a place to write, weights stay in memory.
+
+Beside it lies, under the same conditions, a small JSON file: what quantising was found to cost.
 """
 
-import fcntl
 import hashlib
+import json
 import logging
 import os
-import secrets
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.checkpoint import list_weight_files, read_header_bytes
 from moe_runtime.errors import CheckpointError
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.packed_file import (
+    TABLE_ERRORS,
     Array,
     PackedFile,
     PackedFileError,
-    check_owner,
     file_size,
     open_file,
+    open_owned,
     write,
 )
+from moe_runtime.packed_folder import NewFile, check_space, open_folder, remove_leftovers
+from moe_runtime.packed_identity import difference, identify
 from moe_runtime.packed_model import save
 from moe_runtime.quant.recipe import Recipe
-from moe_runtime.quant.rounding import ROUNDING_VERSION
 
 FOLDER = ".moe_packed"
-SPARE_BYTES = 256 << 20  # left free on the disk
+MAX_FINDING_BYTES = 16 << 20
+UNFIT = (OSError, PackedFileError, CheckpointError)
 logger = logging.getLogger("moe_runtime.packed")
 
 
@@ -44,12 +46,16 @@ logger = logging.getLogger("moe_runtime.packed")
 class PackedStore:
     """One model folder's packed weights by one recipe. ``folder`` None is beside the model; ``verify`` reads
     the whole file at each start and compares all checksums, else only those of its table.
+
+    ``open`` comes first, before anything of the checkpoint is read: what it finds there is the identity that
+    the others go by, so that a checkpoint replaced meanwhile is not taken for the one that was read.
     """
 
     model_dir: Path
     recipe: Recipe
     folder: Path | None = None
     verify: bool = True
+    _identity: dict[str, Any] | None = field(default=None, init=False)
     _writer: threading.Thread | None = field(default=None, init=False)
 
     @property
@@ -60,15 +66,22 @@ class PackedStore:
         place = hashlib.sha256(os.fsencode(home)).hexdigest()[:8]
         return self.folder / f"{home.name}-{place}-{self.recipe.label}.moe"
 
+    @property
+    def finding_path(self) -> Path:
+        return self.path.with_suffix(".json")
+
     def open(self) -> PackedFile | None:
         """The file, mapped and checked, or None: then there is none, or the log says what is wrong with
         it.
         """
         start = time.perf_counter()
+        self._identity = None
         try:
-            identity = self._identity()
-            check_owner(self.path.parent.stat(), f"the folder {self.path.parent}")
-            file = open_file(self.path, lambda found: _compare(found, identity), verify=self.verify)
+            self._identity = identity = identify(self.model_dir, self.recipe)
+            with self._open_folder() as folder:
+                file = open_file(
+                    self.path.name, lambda found: _compare(found, identity), verify=self.verify, folder=folder
+                )
         except FileNotFoundError:
             return None
         except (PackedFileError, OSError) as error:
@@ -76,123 +89,125 @@ class PackedStore:
             return None
         except CheckpointError:
             return None  # reading the checkpoint will say what is wrong with it
-        size, seconds = self.path.stat().st_size, time.perf_counter() - start
-        logger.info("weights mapped from %s (%.2f GB, checked in %.2f s)", self.path, size / 1e9, seconds)
+        gigabytes, seconds = file.num_bytes / 1e9, time.perf_counter() - start
+        logger.info("weights mapped from %s (%.2f GB, checked in %.2f s)", self.path, gigabytes, seconds)
         return file
 
     def refuse(self, error: Exception) -> None:
         """Say why the file is not used."""
         logger.warning("%s is not used: %s. Packing the weights anew", self.path, error)
 
-    def save(self, model: Decoder, extra: Mapping[str, Any]) -> None:
-        """Start writing the file in the background, if there is a place for it; ``extra`` joins its
-        values.
-        """
+    def save(self, model: Decoder) -> None:
+        """Start writing the file in the background, if there is a place for it."""
         arrays, values = save(model)
         try:
-            identity = self._identity()
-            self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            check_owner(self.path.parent.stat(), f"the folder {self.path.parent}")
-            _remove_leftovers(self.path)
-            _check_space(self.path.parent, file_size(arrays))
-            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(temporary, flags, 0o644)
-        except (OSError, PackedFileError, CheckpointError) as error:
+            self._check_unchanged()
+            with self._open_folder(make=True) as folder:
+                remove_leftovers(folder, self.path.name)
+                check_space(folder, self.path.parent, file_size(arrays))
+                file = NewFile(folder, self.path.name)
+        except UNFIT as error:
             _keep_in_memory(error)
             return
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as we live: see _remove_leftovers
         # Not a daemon: a process that ends early finishes its file first.
-        self._writer = threading.Thread(
-            target=self._write,
-            name="moe-packed-writer",
-            args=(descriptor, temporary, arrays, identity, {**values, **extra}),
-        )
-        self._writer.start()
+        writer = threading.Thread(target=self._write, name="moe-packed-writer", args=(file, arrays, values))
+        try:
+            writer.start()
+        except RuntimeError as error:  # the system has no more threads
+            file.close()
+            _keep_in_memory(error)
+        else:
+            self._writer = writer
 
     def wait(self) -> None:
         """Until a file that is being written is complete."""
         if self._writer is not None:
             self._writer.join()
 
-    def _write(
-        self,
-        descriptor: int,
-        temporary: Path,
-        arrays: Mapping[str, Array],
-        identity: Mapping[str, Any],
-        values: Mapping[str, Any],
-    ) -> None:
-        start = time.perf_counter()
+    def read_finding(self) -> Any:
+        """What ``keep_finding`` kept of the checkpoint and the recipe that ``open`` found; else None."""
+        if self._identity is None:
+            return None
         try:
-            size = write(descriptor, arrays, identity, values)
-            temporary.rename(self.path)
-            _sync_folder(self.path.parent)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            _keep_in_memory(error)
-        else:
+            with self._open_folder() as folder:
+                descriptor, size = open_owned(self.finding_path.name, folder)
+            with open(descriptor, "rb") as file:
+                if size > MAX_FINDING_BYTES:
+                    raise PackedFileError(f"it has {size} bytes, at most {MAX_FINDING_BYTES} are read")
+                kept = json.loads(file.read())
+            _compare(kept["identity"], self._identity)
+            return kept["finding"]
+        except FileNotFoundError:
+            return None
+        except (OSError, PackedFileError, *TABLE_ERRORS) as error:
+            logger.warning("%s is not used, measuring again: %s", self.finding_path, error)
+            return None
+
+    def keep_finding(self, finding: Any) -> None:
+        """For the next start's ``read_finding``; plain JSON."""
+        path = self.finding_path
+        try:
+            self._check_unchanged()
+            with self._open_folder(make=True) as folder:
+                remove_leftovers(folder, path.name)
+                with closing(NewFile(folder, path.name)) as file:
+                    text = json.dumps({"identity": self._identity, "finding": finding}, indent=1) + "\n"
+                    with open(file.descriptor, "wb", closefd=False) as stream:
+                        stream.write(text.encode())
+                    os.fsync(file.descriptor)
+                    file.publish()
+        except UNFIT as error:
+            logger.warning("%s is not written, the next start measures again: %s", path, error)
+
+    def _write(self, file: NewFile, arrays: Mapping[str, Array], values: Mapping[str, Any]) -> None:
+        start = time.perf_counter()
+        with closing(file):
+            try:
+                size = write(file.descriptor, arrays, self._identity, values)
+                self._check_unchanged()
+                file.publish()
+            except Exception as error:  # noqa: BLE001 (whatever it is: a thread that it ends tells nobody)
+                _keep_in_memory(error)
+                return
             seconds = time.perf_counter() - start
             logger.info("packed weights written to %s (%.2f GB in %.1f s)", self.path, size / 1e9, seconds)
-        finally:
-            os.close(descriptor)
-
-    def _identity(self) -> dict[str, Any]:
-        """What the packed weights follow from. Contents of the weight files are not read: like ``make``, this
-        trusts that a changed file has another time, size or header.
-        """
-        files = []
-        for path in list_weight_files(self.model_dir):
-            status = path.stat()
-            header = hashlib.sha256(read_header_bytes(path)).hexdigest()
-            files.append([path.name, status.st_size, status.st_mtime_ns, header])
-        config = (self.model_dir / "config.json").read_bytes()
-        return {
-            "config.json": hashlib.sha256(config).hexdigest(),
-            "weight files": files,
-            "recipe": self.recipe.describe(),
-            "rounding": ROUNDING_VERSION,
-        }
-
-
-def _compare(found: Any, identity: Mapping[str, Any]) -> None:
-    for what, value in identity.items():
-        if found.get(what) != value:
-            raise PackedFileError(f"it is stale, made from another {what}")
-
-
-def _check_space(folder: Path, num_bytes: int) -> None:
-    disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
-    if free < num_bytes + SPARE_BYTES:
-        raise PackedFileError(
-            f"{folder} has {free / 1e9:.1f} GB free, {(num_bytes + SPARE_BYTES) / 1e9:.1f} GB are needed"
-        )
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Unfinished files of processes that are gone: those that live hold a lock."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        with suppress(OSError):
-            descriptor = os.open(leftover, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                leftover.unlink()
-            finally:
-                os.close(descriptor)
+                file.sync_name()
+            except OSError as error:
+                logger.warning("a power cut may lose %s, its folder cannot be synced: %s", self.path, error)
+
+    def _open_folder(self, *, make: bool = False) -> AbstractContextManager[int]:
+        # Who names a folder means it, wherever a link leads. The one beside the model must be just there.
+        return open_folder(self.path.parent, links=self.folder is not None, make=make)
+
+    def _check_unchanged(self) -> None:
+        """Raises CheckpointError unless the checkpoint is still the one that ``open`` found."""
+        if self._identity is None:
+            raise CheckpointError("the checkpoint could not be identified before it was read")
+        try:
+            different = difference(self._identity, identify(self.model_dir, self.recipe))
+        except OSError as error:
+            different = str(error)
+        if different is not None:
+            raise CheckpointError(
+                f"the checkpoint was changed while its weights were read or packed: {different}"
+            )
+
+
+def _compare(found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    different = difference(found, identity)
+    if different is not None:
+        raise PackedFileError(f"it is stale: {different}")
 
 
 def _keep_in_memory(error: Exception) -> None:
+    if isinstance(error, CheckpointError):
+        remedy = "This process may hold a mixture; start again when the checkpoint is complete"
+    else:
+        remedy = "--packed-dir names another folder, --no-packed-file stops trying"
     logger.warning(
-        "the packed weights are in memory only, the next start packs again: %s. "
-        "--packed-dir names another folder, --no-packed-file stops trying",
+        "the packed weights are in memory only, the next start packs again: %s. %s",
         error,
+        remedy,
+        exc_info=None if isinstance(error, UNFIT) else error,
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

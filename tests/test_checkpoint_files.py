@@ -2,16 +2,23 @@
 
 import json
 import os
+import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from world import tiny_checkpoint
 
 from moe_runtime.checkpoint import Checkpoint
 from moe_runtime.errors import CheckpointError
+from moe_runtime.kernels import choose
+from moe_runtime.loader import load_model
+from moe_runtime.packed_store import PackedStore
+from moe_runtime.quant.recipe import Recipe
 
 A = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 B = {"dtype": "F32", "shape": [4], "data_offsets": [16, 32]}
@@ -252,6 +259,27 @@ def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model.safetensors: not a regular file"):
         Checkpoint(tmp_path)
+
+
+def test_a_start_with_packed_weights_does_not_wait_for_a_pipe_either(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model")
+    store = PackedStore(folder, Recipe())
+    load_model(folder, choose("cpu"), store=store)
+    store.wait()
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        pytest.fail("it waits for the pipe")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    try:
+        with pytest.raises(CheckpointError, match=r"model.safetensors: not a regular file"):
+            load_model(folder, choose("cpu"), store=store)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_files_may_be_links_as_in_a_hub_cache(tmp_path: Path) -> None:

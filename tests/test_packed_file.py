@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from model_oracle import chunked_logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from world import ARCHITECTURES, edit_config, tiny_checkpoint, write_weights
 
 import moe_runtime._C as _C
-from moe_runtime import packed_file, packed_store
+from moe_runtime import packed_file, packed_folder
 from moe_runtime.config import EngineConfig
 from moe_runtime.engine import Engine
 from moe_runtime.kernels import choose
@@ -151,7 +151,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "another user's": (_chown, r"the file belongs to user 12345, not to us \(\d+\) or root"),
     "writable by others": (lambda path: path.chmod(0o646), r"can be written by others \(mode 646\)"),
     "writable by the group": (lambda path: path.chmod(0o664), r"can be written by others \(mode 664\)"),
-    "a link": (_link, "cannot be opened"),
+    "a link": (_link, "it is a symbolic link; use --packed-dir for another place"),
     "a folder": (_folder, "not a regular file"),
     "a pipe": (_pipe, "not a regular file"),
 }  # fmt: skip
@@ -175,14 +175,27 @@ def test_an_unfit_file_is_refused_and_replaced(
         assert is_mapped(start(model)[0])
 
 
-def _touch(folder: Path) -> None:
+def touch(folder: Path) -> None:
     path = folder / "model.safetensors"
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
 
 
-def _other_weights(folder: Path) -> None:
+def other_weights(folder: Path) -> None:
+    """Of the same shapes and file size."""
     tensors = load_file(folder / "model.safetensors")
     write_weights(folder, {name: tensor * 1.5 for name, tensor in tensors.items()})
+
+
+def _at_the_same_time(folder: Path) -> None:
+    before = (folder / "model.safetensors").stat()
+    other_weights(folder)
+    os.utime(folder / "model.safetensors", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (folder / "model.safetensors").stat().st_size == before.st_size
+
+
+def _longer_header(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", "note": "x" * 64})
 
 
 def _shards(folder: Path) -> None:
@@ -191,21 +204,26 @@ def _shards(folder: Path) -> None:
     write_weights(folder, tensors, shards=2)
 
 
+MOMENT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{9} UTC"
 STALE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "touched": (_touch, "weight files"),
-    "other weights": (_other_weights, "weight files"),
-    "in shards": (_shards, "weight files"),
-    "another config": (lambda folder: edit_config(folder, rms_norm_eps=1e-5), "config.json"),
-}
+    "touched": (touch, rf"model.safetensors was of {MOMENT}, now of {MOMENT}"),
+    "other weights": (other_weights, rf"model.safetensors (was of {MOMENT}, now of|has other contents)"),
+    "other weights of the same time": (
+        _at_the_same_time, "model.safetensors has other contents, of the same size and time",
+    ),
+    "a longer header": (_longer_header, r"model.safetensors had \d+ bytes, now \d+"),
+    "in shards": (_shards, "model-00001-of-00002.safetensors is new"),
+    "another config": (lambda folder: edit_config(folder, rms_norm_eps=1e-5), "config.json differs"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", STALE)
 def test_a_file_of_other_weights_is_stale(model: Path, caplog: pytest.LogCaptureFixture, case: str) -> None:
-    change, what = STALE[case]
+    change, message = STALE[case]
     start(model)
     change(model)
     second, _ = start(model)
-    assert f"it is stale, made from another {what}. Packing" in caplog.text and not is_mapped(second)
+    assert re.search(rf"it is stale: {message}.*\. Packing", caplog.text) and not is_mapped(second)
     third, _ = start(model)
     assert is_mapped(third)
     assert torch.equal(chunked_logits(second, [PROMPT])[0], chunked_logits(third, [PROMPT])[0])
@@ -271,7 +289,7 @@ def test_a_folder_that_others_can_write_is_not_used(
 def test_a_full_disk_is_told_before_and_while_writing(
     model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_store, "SPARE_BYTES", 1 << 60)
+    monkeypatch.setattr(packed_folder, "SPARE_BYTES", 1 << 60)
     start(model)
     assert "GB free, 1152921504.6 GB are needed" in caplog.text
     monkeypatch.undo()

@@ -22,7 +22,7 @@ from moe_runtime.config import EngineConfig
 from moe_runtime.errors import MoeRuntimeError
 from moe_runtime.kernels import Kernels
 from moe_runtime.layers.decoder import Decoder
-from moe_runtime.quant.quality import compare, log_probabilities, text_ids
+from moe_runtime.quant.quality import compare, log_probabilities, require_full_precision, text_ids
 from moe_runtime.quant.recipe import Recipe
 from moe_runtime.quant.rounding import quantize
 from moe_runtime.quant.statistics import load_moments
@@ -43,14 +43,17 @@ CHOICES = (
 
 def measure(model_dir: Path, chosen: Kernels, statistics: Path | None) -> list[dict[str, Any]]:
     """One row per choice of formats, the full model first; models are loaded one after the other."""
-    texts = text_ids(model_dir, Tokenizer.load(model_dir))
+    tokenizer = Tokenizer.load(model_dir)
+    _, config = loader.read_model_config(model_dir, "float32")  # whatever the dtype is
+    require_full_precision(config, "this table", "name the checkpoint it was made from with --model")
+    texts = text_ids(model_dir, tokenizer)
     moments = {} if statistics is None else load_moments(statistics, model_dir)
     model = loader.load_model(model_dir, chosen)
     full, full_bytes, dtype = log_probabilities(model, texts), model.config.weight_bytes, model.config.dtype
     rows: list[dict[str, Any]] = [{"format": dtype, "weight_bytes": full_bytes}]
     del model
-    for config in CHOICES:
-        recipe = Recipe(Recipe.of(config).formats, moments)
+    for choice in CHOICES:
+        recipe = Recipe(Recipe.of(choice).formats, moments)
         model = loader.load_model(model_dir, chosen, recipe)
         divergence = asdict(compare(full, log_probabilities(model, texts)))
         error = _weight_error(model, model_dir, recipe)

@@ -6,7 +6,8 @@ beginning.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ from typing import Any
 import torch
 
 from moe_runtime.batch import Batch
+from moe_runtime.checkpoint import open_regular
 from moe_runtime.errors import CheckpointError
 from moe_runtime.layers.decoder import Decoder
+from moe_runtime.model_config import ModelConfig
+from moe_runtime.quant.recipe import Recipe
 from moe_runtime.tokenizer import Tokenizer
 
 TEXT_FILE = "quantization_text.txt"
+MAX_TEXT_BYTES = 1 << 20
 MAX_TOKENS = 512  # of all texts together
 BLOCK_SIZE = 64
 TEXT = """\
@@ -43,6 +48,7 @@ def median(values):
         return values[middle]
     return (values[middle - 1] + values[middle]) / 2
 """
+logger = logging.getLogger("moe_runtime.quant")
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,13 @@ class Divergence:
 
 
 def text_ids(model_dir: Path, tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of the texts to compare on, at least two each."""
+    """Token ids of the texts to compare on, at least two each. Raises CheckpointError."""
     path = model_dir / TEXT_FILE
-    text = path.read_text(encoding="utf-8") if path.exists() else TEXT
+    text = _read_text(path) if path.exists() else TEXT
     left, texts = MAX_TOKENS, []
     for paragraph in text.split("\n\n"):
+        if left < 2:
+            break
         ids = tokenizer.encode(paragraph.strip("\n"), add_special_tokens=True)[:left]
         if len(ids) > 1:
             texts.append(ids)
@@ -70,6 +78,34 @@ def text_ids(model_dir: Path, tokenizer: Tokenizer) -> list[list[int]]:
     if not texts:
         raise CheckpointError("holds no text of two tokens or more", file=path.name)
     return texts
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with open_regular(path) as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+        if len(data) > MAX_TEXT_BYTES:
+            raise CheckpointError(
+                f"larger than {MAX_TEXT_BYTES} bytes; shorten it, only {MAX_TOKENS} tokens are compared",
+                file=path.name,
+            )
+        return data.decode("utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", file=path.name) from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"not UTF-8 at byte {error.start} ({error.reason}); save it as UTF-8", file=path.name
+        ) from error
+
+
+def require_full_precision(config: ModelConfig, what: str, remedy: str) -> None:
+    """Raises CheckpointError for a checkpoint that ``what`` has nothing to compare with."""
+    if config.int4 is not None:
+        raise CheckpointError(
+            f"quantization_config: the weights were published in 4 bits ({config.int4.method}), so there is "
+            f"no full-precision model for {what} to compare with; {remedy}",
+            file="config.json",
+        )
 
 
 def log_probabilities(model: Decoder, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -104,35 +140,51 @@ def compare(full: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Dive
 
 @dataclass
 class Gate:
-    """Refuses a model that quantising changed by more than ``limit`` (mean KL in nats)."""
+    """Refuses a model that quantising changed by more than ``limit`` (mean KL in nats).
+
+    Call ``prepare``, ``measure``, ``check`` in this order.
+    """
 
     limit: float
     texts: Sequence[Sequence[int]]
     _full: list[torch.Tensor] = field(default_factory=list, init=False)
     _known: dict[str, Any] | None = field(default=None, init=False)
 
+    @classmethod
+    def choose(
+        cls, limit: float | None, recipe: Recipe, config: ModelConfig, model_dir: Path, tokenizer: Tokenizer
+    ) -> "Gate | None":
+        """The gate that --max-quant-kl asks for, None when it asks for none. Raises CheckpointError."""
+        if limit is None:
+            return None
+        remedy = "leave it out, or quantise the full-precision checkpoint with --quantize"
+        require_full_precision(config, f"--max-quant-kl {limit:g}", remedy)
+        if not recipe.formats:
+            logger.warning("--max-quant-kl %g has nothing to do: without --quantize no weight changes", limit)
+            return None
+        return cls(limit, text_ids(model_dir, tokenizer))
+
     def prepare(self, known: Any, load_full: Callable[[], Decoder]) -> None:
         """Before the quantised model is there: ``known`` is what an earlier ``measure`` of this very model
         gave, else the full model is loaded, asked and given up, so that the two never share the memory.
+        Raises CheckpointError when ``known`` is above the limit.
         """
-        if isinstance(known, dict) and known.get("texts") == self._digest():
+        if self._fits(known):
             self._known = known
-            return
-        full = load_full()
-        if full.config.int4 is not None:
-            raise CheckpointError(
-                "--max-quant-kl compares with the full-precision model, but this checkpoint was published in "
-                "4 bits"
-            )
-        self._full = log_probabilities(full, self.texts)
+            self.check(known)
+        else:
+            self._full = log_probabilities(load_full(), self.texts)
 
     def measure(self, model: Decoder) -> dict[str, Any]:
-        """The divergence as plain JSON. Raises CheckpointError when it is above the limit."""
-        found = self._known
-        if found is None:
-            divergence = compare(self._full, log_probabilities(model, self.texts))
-            found = {**asdict(divergence), "texts": self._digest()}
-            self._full = []
+        """The divergence as plain JSON."""
+        if self._known is not None:
+            return self._known
+        divergence = compare(self._full, log_probabilities(model, self.texts))
+        self._full = []
+        return {**asdict(divergence), "texts": self._digest()}
+
+    def check(self, found: Mapping[str, Any]) -> None:
+        """Raises CheckpointError when ``found`` by ``measure`` is above the limit."""
         if not found["kl"] <= self.limit:
             raise CheckpointError(
                 "quantising moves the next-token distributions by a KL divergence of "
@@ -141,7 +193,12 @@ class Gate:
                 f"--max-quant-kl {self.limit:g}; choose finer formats with --quantize (int8, a smaller "
                 "--quantize-group, --quantize-zeros) or raise the limit"
             )
-        return found
+
+    def _fits(self, known: Any) -> bool:
+        """Whether ``known`` was measured on these texts, by a program that measured what this one does."""
+        if not isinstance(known, dict) or known.get("texts") != self._digest():
+            return False
+        return all(isinstance(known.get(name), int | float) for name in ("kl", "top1", "num_tokens"))
 
     def _digest(self) -> str:
         return hashlib.sha256(repr([list(ids) for ids in self.texts]).encode()).hexdigest()

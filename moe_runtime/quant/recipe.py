@@ -11,6 +11,12 @@ from moe_runtime.kernels import QuantizedWeight, Weight, WeightFormat
 from moe_runtime.layers.slots import Part, Slot
 from moe_runtime.quant.rounding import quantize
 
+# Of the way from a checkpoint's bytes to what the kernels pack: this package but for rounding.py, which has
+# its own version, and the layers' ``matrices`` and ``write``. Packed files keep the results: whoever changes
+# what comes out there for any checkpoint (a number, the order of stacked rows, a weight's part) adds one, and
+# every file is packed anew.
+CONVERSION_VERSION = 1
+
 
 @dataclass(frozen=True)
 class Recipe:

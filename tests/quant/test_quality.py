@@ -1,13 +1,16 @@
-"""The accuracy gate: measured against a literal formula, enforced at load, remembered in the packed file."""
+"""The accuracy gate: measured against a literal formula, enforced at load, remembered beside the weights."""
 
 import json
+import os
+import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from published_int4 import GPTQ, publish
-from test_packed_file import is_mapped
+from published_int4 import AWQ, GPTQ, publish
+from test_packed_file import is_mapped, touch
 from world import tiny_checkpoint
 
 from moe_runtime import loader
@@ -65,6 +68,45 @@ def test_texts_are_the_folders_own_or_the_neutral_ones(model: Path) -> None:
         text_ids(model, tokenizer)
 
 
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+BAD_TEXTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "Latin-1": (
+        lambda path: path.write_bytes("Un café".encode("latin-1")),
+        "not UTF-8 at byte 6 .*save it as",
+    ),
+    "huge": (lambda path: path.write_text("x" * (1 << 20) + "\n"), "larger than 1048576 bytes; shorten it"),
+    "a pipe": (_pipe, "not a regular file"),
+    "a folder": (Path.mkdir, "cannot be read: Is a directory"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXTS)
+def test_a_text_that_cannot_be_read_is_refused_by_name(model: Path, case: str) -> None:
+    write, message = BAD_TEXTS[case]
+    (model / TEXT_FILE).unlink()
+    write(model / TEXT_FILE)
+    with pytest.raises(CheckpointError, match=f"{TEXT_FILE}: {message}"):
+        load(model, quantize="int4", max_quant_kl=0.5)
+
+
+def test_nothing_is_tokenised_beyond_the_tokens_that_are_compared(model: Path) -> None:
+    class Counting:
+        def __init__(self) -> None:
+            self.inner, self.num_texts = Tokenizer.load(model), 0
+
+        def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+            self.num_texts += 1
+            return self.inner.encode(text, add_special_tokens=add_special_tokens)
+
+    tokenizer = Counting()
+    (model / TEXT_FILE).write_text("\n\n".join(["x" * 73] * 1000))  # the eighth leaves one token
+    assert [len(ids) for ids in text_ids(model, tokenizer)] == [73] * 7  # type: ignore[arg-type]
+    assert tokenizer.num_texts == 7
+
+
 def test_texts_are_read_each_from_its_own_beginning(model: Path) -> None:
     decoder = loader.load_model(model, choose("reference"))
     texts = [[5, 6, 7, 8], [6, 7, 8]]
@@ -77,14 +119,23 @@ def test_a_model_beyond_the_limit_is_refused_by_name_and_number(model: Path) -> 
     limit = r"divergence of 0\.\d{4} on average \(over \d+ tokens; .*% of the likeliest tokens stay\), above "
     with pytest.raises(CheckpointError, match=limit + "--max-quant-kl 1e-06; choose finer"):
         load(model, quantize="int4", max_quant_kl=1e-6)
-    assert not (model / ".moe_packed").exists()
+    assert [path.name for path in (model / ".moe_packed").iterdir()] == ["int4-g128.json"]
     load(model, quantize="int4", max_quant_kl=0.5)
-    load(model, max_quant_kl=1e-9)  # nothing is quantised
 
 
-def test_the_full_model_is_loaded_once_and_never_beside_the_quantised_one(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_limit_without_anything_quantised_is_said_to_be_of_no_use(
+    model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    load(model, max_quant_kl=1e-9)
+    assert "--max-quant-kl 1e-09 has nothing to do: without --quantize no weight changes" in caplog.text
+    caplog.clear()
+    load(model)
+    assert "--max-quant-kl" not in caplog.text
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """One entry per model packed from its checkpoint: whether it was quantised."""
     loads: list[bool] = []
     pack = loader._pack
 
@@ -93,9 +144,17 @@ def test_the_full_model_is_loaded_once_and_never_beside_the_quantised_one(
         return pack(folder, kernels, recipe)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loader, "_pack", counting)
+    return loads
+
+
+def test_the_full_model_is_loaded_once_and_never_beside_the_quantised_one(
+    model: Path, loads: list[bool]
+) -> None:
     load(model, quantize="int4")
     assert loads == [True]
-    # The file knows no divergence yet, then it does.
+    packed = model / ".moe_packed" / "int4-g128.moe"
+    written = packed.stat().st_ino
+    # No divergence is known yet, then it is.
     assert is_mapped(load(model, quantize="int4", max_quant_kl=0.5).model) and loads == [True, False]
     assert is_mapped(load(model, quantize="int4", max_quant_kl=0.5).model) and loads == [True, False]
     with pytest.raises(CheckpointError, match="--max-quant-kl 1e-06"):
@@ -104,13 +163,95 @@ def test_the_full_model_is_loaded_once_and_never_beside_the_quantised_one(
     (model / TEXT_FILE).write_text("Another text, so it is measured again.")
     load(model, quantize="int4", max_quant_kl=0.5)
     assert loads == [True, False, False]
+    assert packed.stat().st_ino == written, "for one number the weights are not written again"
 
 
-def test_a_model_published_in_four_bits_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
+def test_a_refused_model_is_measured_once_too(model: Path, loads: list[bool]) -> None:
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="--max-quant-kl 1e-06"):
+            load(model, quantize="int4", max_quant_kl=1e-6)
+        assert loads == [False, True], "the second refusal loads nothing"
+    load(model, quantize="int4", max_quant_kl=0.5)
+    assert loads == [False, True, True], "and what was found serves another limit"
+
+
+def _other_program(path: Path) -> None:
+    kept = json.loads(path.read_text())
+    del kept["finding"]["kl"]
+    path.write_text(json.dumps(kept))
+
+
+def _linked(path: Path) -> None:
+    path.rename(path.with_suffix(".real"))
+    path.symlink_to(path.with_suffix(".real"))
+
+
+UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut short": (lambda path: os.truncate(path, 40), "is not used, measuring again: .*"),
+    "no object": (lambda path: path.write_text("[1]"), "is not used, measuring again: .*"),
+    "not text": (lambda path: path.write_bytes(b'{"\xff'), "is not used, measuring again: .*"),
+    "huge": (lambda path: os.truncate(path, (16 << 20) + 1), r"it has 16777217 bytes, at most 16777216 are"),
+    "writable by others": (lambda path: path.chmod(0o666), r"can be written by others \(mode 666\)"),
+    "a link": (_linked, "it is a symbolic link"),
+    "stale": (lambda path: touch(path.parent.parent), "it is stale: model.safetensors was of"),
+    "of another program": (_other_program, ""),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_finding_that_is_not_fit_is_measured_again(
+    model: Path, loads: list[bool], caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    damage, message = UNFIT[case]
+    load(model, quantize="int4", max_quant_kl=0.5)
+    path = model / ".moe_packed" / "int4-g128.json"
+    finding = json.loads(path.read_text())["finding"]
+    damage(path)
+    del loads[:]
+    load(model, quantize="int4", max_quant_kl=0.5)
+    assert loads[0] is False, "the full model was asked"
+    assert re.search(message, caplog.text)
+    assert json.loads(path.read_text())["finding"] == finding and not path.is_symlink()
+    assert sorted(path.parent.glob(".*")) == []
+
+
+def test_no_finding_is_kept_of_a_checkpoint_that_was_replaced_meanwhile(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def replaced(self: Gate, decoder: object) -> dict[str, object]:
+        touch(model)
+        return measure(self, decoder)  # type: ignore[arg-type]
+
+    measure = Gate.measure
+    monkeypatch.setattr(Gate, "measure", replaced)
+    load(model, quantize="int4", max_quant_kl=0.5)
+    assert "int4-g128.json is not written, the next start measures again: the checkpoint was" in caplog.text
+    assert "in memory only" in caplog.text and not (model / ".moe_packed").exists()
+
+
+@pytest.mark.parametrize("method", [AWQ, GPTQ], ids=["awq", "gptq"])
+@pytest.mark.parametrize("quantize", ["none", "lm_head=int8"])
+def test_a_model_published_in_four_bits_has_nothing_to_be_compared_with(
+    tmp_path: Path, loads: list[bool], method: dict[str, object], quantize: str
+) -> None:
+    folder = tiny_checkpoint(tmp_path)
+    publish(folder, method)
+    message = "published in 4 bits .*no full-precision model for --max-quant-kl 0.5 .*; leave it out"
+    with pytest.raises(CheckpointError, match=message):
+        load(folder, quantize=quantize, max_quant_kl=0.5)
+    assert loads == [], "it is said before anything is loaded"
+    load(folder, quantize=quantize)
+
+
+def test_the_command_refuses_a_model_published_in_four_bits(
+    tmp_path: Path, loads: list[bool], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tiny_checkpoint(tmp_path)
     publish(folder, GPTQ)
-    with pytest.raises(CheckpointError, match="--max-quant-kl compares .* published in 4 bits"):
-        load(folder, quantize="lm_head=int8", max_quant_kl=0.5)
+    assert command.main(["--model", str(folder)]) == 2
+    captured = capsys.readouterr()
+    assert re.search(r"config.json: .*4 bits \(gptq\).*for this table.*--model", captured.err)
+    assert captured.out == "" and loads == []
 
 
 def test_a_model_that_computes_nan_does_not_pass(model: Path) -> None:
@@ -118,8 +259,12 @@ def test_a_model_that_computes_nan_does_not_pass(model: Path) -> None:
     gate.prepare(None, lambda: loader.load_model(model, choose("reference")))
     broken = loader.load_model(model, choose("reference"))
     broken.norm.weight = broken.norm.weight * float("nan")
+    found = gate.measure(broken)
     with pytest.raises(CheckpointError, match="divergence of nan"):
-        gate.measure(broken)
+        gate.check(found)
+    again = Gate(0.5, [[5, 6]])
+    with pytest.raises(CheckpointError, match="divergence of nan"):
+        again.prepare(json.loads(json.dumps(found)), lambda: pytest.fail("it is known"))
 
 
 def test_the_command_prints_a_row_per_format_and_finer_ones_are_nearer(

@@ -1,0 +1,128 @@
+"""Where a model computes: --device becomes a torch.device, or a sentence that says why it cannot.
+
+Nothing here runs a kernel. What is asked of the driver is asked once, at start, and what goes wrong there is
+told as a ConfigError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from moe_runtime.errors import ConfigError
+from moe_runtime.kernels import triton_is_interpreted
+
+CPU = torch.device("cpu")
+# Of NVIDIA GPUs: what the kernels are compiled for begins with sm_80, the first with bfloat16 products.
+LEAST_CAPABILITY = (8, 0)
+CPU_BACKENDS = ("cpu", "reference")
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    """``reason``: one sentence for the log, what was chosen and why."""
+
+    device: torch.device
+    reason: str
+
+
+class _Unusable(Exception):
+    """Why there is no GPU to use; the sentence goes on with what to do instead."""
+
+
+def choose_device(name: str, backend: str = "auto") -> DeviceChoice:
+    """The device for ``--device name`` and ``--backend backend``.
+
+    "auto" takes the first GPU that the kernels run on, else the CPU. Raises ConfigError for "cuda" (which is
+    also the name of AMD's GPUs) where there is none, and for another name.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {name!r}: must be auto, cpu or cuda")
+    if name == "cpu":
+        return DeviceChoice(CPU, "computing on the CPU, as --device cpu says")
+    if name == "auto" and backend in CPU_BACKENDS:
+        return DeviceChoice(CPU, f"computing on the CPU: --backend {backend} runs nowhere else")
+    try:
+        device, what = _find_gpu()
+    except _Unusable as reason:
+        if backend == "triton" and not triton_is_interpreted():
+            raise ConfigError(f"--backend triton: {reason}, or use --backend auto --device cpu") from reason
+        if name == "cuda":
+            raise ConfigError(f"--device cuda: {reason}, or use --device cpu") from reason
+        return DeviceChoice(CPU, f"computing on the CPU: {reason} to use a GPU")
+    return DeviceChoice(device, f"computing on {device}, {what}")
+
+
+@contextlib.contextmanager
+def told_as_config_errors(device: torch.device) -> Iterator[None]:
+    """Around the loading of a model: what a GPU's driver refuses is a ConfigError that names the knobs."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"--device {device.type}: {device} has too little memory for the model and its cache "
+            f"({_first_line(error)}); lower --cache-bytes, use --quantize int8 or int4, or --device cpu"
+        ) from error
+    except torch.AcceleratorError as error:
+        raise ConfigError(
+            f"--device {device.type}: {device} failed while the model was loaded ({_first_line(error)}); "
+            "look at nvidia-smi or rocm-smi, or use --device cpu"
+        ) from error
+
+
+def _find_gpu() -> tuple[torch.device, str]:
+    """The first GPU and what it is. Raises _Unusable."""
+    if triton_is_interpreted():
+        raise _Unusable("TRITON_INTERPRET=1 is set, with which kernels run on the CPU; unset it")
+    device = torch.device("cuda", 0)
+    try:
+        with warnings.catch_warnings(record=True) as said:  # an old driver is a warning and no GPU
+            warnings.simplefilter("always")
+            found = torch.cuda.is_available()
+        if not found:
+            raise _Unusable(_why_none([str(warning.message) for warning in said]))
+        gpu_name = torch.cuda.get_device_name(device)
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and capability < LEAST_CAPABILITY:
+            raise _Unusable(
+                f"{gpu_name} has compute capability {_dotted(capability)}, the kernels need "
+                f"{_dotted(LEAST_CAPABILITY)} or more (NVIDIA A100, RTX 30 and later); take such a GPU"
+            )
+        torch.zeros(1, device=device)  # a driver that lists a GPU may still not be able to use it
+    except (RuntimeError, AssertionError, OSError) as error:
+        told = f"the driver refused {device}: {_first_line(error)}; look at nvidia-smi or rocm-smi"
+        raise _Unusable(told) from error
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        raise _Unusable(f"triton cannot be imported ({error}); install triton") from error
+    kind = "ROCm" if torch.version.hip is not None else f"compute capability {_dotted(capability)}"
+    return device, f"{gpu_name} ({kind})"
+
+
+def _why_none(said: list[str]) -> str:
+    built = torch.version.cuda or torch.version.hip
+    if built is None:
+        return (
+            f"no CUDA device was found (torch {torch.__version__} was built without CUDA); "
+            "install torch's CUDA or ROCm build"
+        )
+    told = f": {said[0].splitlines()[0]}" if said else ""
+    kind = "CUDA" if torch.version.hip is None else "ROCm"
+    return (
+        f"no CUDA device was found (torch {torch.__version__}, {kind} {built}{told}); "
+        "check the driver and CUDA_VISIBLE_DEVICES"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
