@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 ARGS   ?=
 SOURCES := pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: serve test check sanitize bench demo clean
+.PHONY: serve test check sanitize bench aot demo clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed                ## serve the bundled demo model on 127.0.0.1:8000
@@ -36,6 +36,9 @@ sanitize: $(VENV)/.installed             ## memory, undefined behaviour and race
 
 bench: $(VENV)/.installed-test           ## kernel micro-benchmarks; ARGS="--help" lists their options
 	$(BIN)/python -m pytest bench/kernels.py --benchmark-only --benchmark-quiet --benchmark-disable-gc $(ARGS)
+
+aot: $(VENV)/.installed-test             ## compile every Triton kernel for every chip, without a GPU; the table also in build/aot.json
+	$(BIN)/python -m moe_runtime.kernels.triton.aot --json build/aot.json $(ARGS)
 
 demo: $(VENV)/.installed-test            ## train the demo model again from its seeded recipe (under an hour on 2 cores)
 	$(BIN)/python -m moe_runtime.experts.demo $(ARGS)

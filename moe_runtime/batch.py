@@ -1,10 +1,12 @@
 """Batch: a Step as tensors. The only place that builds tensors from sequences."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from moe_runtime.scheduler import Step
+
+ALIGNMENT = 16  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,44 @@ class Batch:
     sequence_rows: torch.Tensor
     block_tables: torch.Tensor
     logit_rows: torch.Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on ``device``; itself if it is there. All fields travel in one copy, for which the host
+        does not wait.
+        """
+        if self.token_ids.device == device:
+            return self
+        # The pinned bytes are not used again before the copy is done: torch sees to it.
+        return self.on(self.staged(pinned=device.type == "cuda").to(device, non_blocking=True))
+
+    def staged(self, *, pinned: bool) -> torch.Tensor:
+        """All fields in one run of bytes on the CPU."""
+        places = self._places()
+        run = torch.empty(places[-1].stop, dtype=torch.uint8, pin_memory=pinned)
+        for place, part in zip(places, self._parts(), strict=True):
+            run[place].view(part.dtype).copy_(part.flatten())
+        return run
+
+    def on(self, run: torch.Tensor) -> "Batch":
+        """A batch of this one's sizes whose fields are views of ``run``, bytes as ``staged`` makes them."""
+        return Batch(
+            *(
+                run[place].view(part.dtype).view(part.shape)
+                for place, part in zip(self._places(), self._parts(), strict=True)
+            )
+        )
+
+    def _parts(self) -> list[torch.Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def _places(self) -> list[slice]:
+        """Where each field is among the bytes. Kernels are compiled per alignment they meet: one."""
+        places, start = [], 0
+        for part in self._parts():
+            size = part.numel() * part.element_size()
+            places.append(slice(start, start + size))
+            start += -(-size // ALIGNMENT) * ALIGNMENT
+        return places
 
     @classmethod
     def build(cls, step: Step, block_size: int) -> "Batch":

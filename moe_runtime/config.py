@@ -44,8 +44,13 @@ class EngineConfig:
         "auto", "type of cached keys and values (auto: bfloat16 for bfloat16 weights, else float32)"
     )
     prefix_caching: bool = option(True, "reuse the cache blocks of equal prompt beginnings")
-    backend: Literal["auto", "cpu", "reference"] = option(
-        "auto", "kernels to compute with; reference is literal torch, slow"
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "cpu",
+        "where to compute; cuda is an NVIDIA or AMD GPU, auto takes one if there is one. The kernels for it "
+        "are compiled and tested without a GPU so far",
+    )
+    backend: Literal["auto", "cpu", "reference", "triton"] = option(
+        "auto", "kernels to compute with; reference is literal torch, slow; triton is what auto is on a GPU"
     )
     threads: int | None = option(None, "threads of the kernels (default: the CPUs this process may use)")
     quantize: str = option(
@@ -81,11 +86,30 @@ class EngineConfig:
             raise ConfigError(f"--block-size {self.block_size}: must be a power of two")
         if self.kv_dtype not in ("auto", "bfloat16", "float32", "int8"):
             raise ConfigError(f"--kv-dtype {self.kv_dtype!r}: must be auto, bfloat16, float32 or int8")
-        if self.backend not in ("auto", "cpu", "reference"):
-            raise ConfigError(f"--backend {self.backend!r}: must be auto, cpu or reference")
+        if self.backend not in ("auto", "cpu", "reference", "triton"):
+            raise ConfigError(f"--backend {self.backend!r}: must be auto, cpu, reference or triton")
+        check_device(self)
         quantized_parts(self.quantize)
         if self.quantize_group not in (32, 64, 128):
             raise ConfigError(f"--quantize-group {self.quantize_group}: must be 32, 64 or 128")
+
+
+def check_device(config: EngineConfig) -> None:
+    """Refuse what cannot be computed together."""
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {config.device!r}: must be auto, cpu or cuda")
+    if config.device == "cuda" and config.backend in ("cpu", "reference"):
+        raise ConfigError(
+            f"--device cuda with --backend {config.backend}, which computes on the CPU: "
+            "use --backend auto, or --device cpu"
+        )
+    may_use_triton = config.backend == "triton" or (config.device != "cpu" and config.backend == "auto")
+    if may_use_triton and config.kv_dtype == "int8":
+        asked = "--backend triton" if config.backend == "triton" else f"--device {config.device}"
+        raise ConfigError(
+            f"{asked} with --kv-dtype int8: the GPU's kernels do not read int8 rows; "
+            "use --kv-dtype auto, bfloat16 or float32, or --device cpu --backend auto"
+        )
 
 
 def quantized_parts(text: str) -> Mapping[Literal["experts", "attention", "lm_head"], str]:

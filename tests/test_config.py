@@ -24,7 +24,7 @@ def test_no_flags_give_the_defaults() -> None:
 def test_every_field_is_a_flag_and_comes_back() -> None:
     config = EngineConfig(
         max_context=4096, max_batch_tokens=7, max_running=3, max_queue=2, block_size=32, cache_bytes=123,
-        num_blocks=9, kv_dtype="int8", prefix_caching=False, backend="reference", threads=2,
+        num_blocks=9, kv_dtype="int8", prefix_caching=False, device="auto", backend="reference", threads=2,
         quantize="experts=int4,lm_head=int8", quantize_group=32, quantize_zeros=True,
         max_quant_kl=0.1, quantize_statistics=Path("y"),
         packed_file=False, packed_dir=Path("x"), packed_verify=False,
@@ -77,6 +77,11 @@ def test_what_is_not_a_size_is_refused(text: str) -> None:
         (("--max-quant-kl", "0"), "--max-quant-kl 0.0: must be above 0"),
         (("--max-quant-kl", "nan"), "--max-quant-kl nan: must be above 0"),
         (("--quantize-group", "16"), "--quantize-group 16: must be 32, 64 or 128"),
+        (("--device", "cuda", "--backend", "cpu"), "--device cuda with --backend cpu, which computes on"),
+        (("--device", "cuda", "--backend", "reference"), "use --backend auto, or --device cpu"),
+        (("--device", "cuda", "--kv-dtype", "int8"), "--device cuda with --kv-dtype int8: .* bfloat16"),
+        (("--device", "auto", "--kv-dtype", "int8"), "--device auto with --kv-dtype int8"),
+        (("--backend", "triton", "--kv-dtype", "int8"), "--backend triton with --kv-dtype int8"),
     ],
 )
 def test_values_out_of_range_name_the_flag(words: tuple[str, ...], message: str) -> None:

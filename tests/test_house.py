@@ -22,9 +22,9 @@ MAX_FUNCTION_LINES = 60
 
 # A file or folder may import only these parts of moe_runtime (longest prefix wins). Mirrors the README.
 ENGINE_PARTS = {
-    "batch", "chat", "checkpoint", "cli", "config", "detokenizer", "errors", "generation", "hf", "kernels",
-    "kv_cache", "layers", "loader", "model_config", "models", "output", "packed", "quant", "sampling",
-    "scheduler", "sequence", "tokenizer",
+    "batch", "chat", "checkpoint", "cli", "config", "detokenizer", "device", "errors", "generation", "hf",
+    "kernels", "kv_cache", "layers", "loader", "model_config", "models", "output", "packed", "quant",
+    "sampling", "scheduler", "sequence", "tokenizer",
 }  # fmt: skip
 MAY_IMPORT: dict[str, set[str]] = {
     "moe_runtime/errors.py": set(),

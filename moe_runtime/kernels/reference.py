@@ -115,43 +115,87 @@ def fused_moe(
 
 
 def route(
-    logits: torch.Tensor, spec: RouterSpec, bias: torch.Tensor | None = None
+    logits: torch.Tensor,
+    spec: RouterSpec,
+    bias: torch.Tensor | None = None,
+    masks: torch.Tensor | None = None,
+    mask_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logits [T, E], bias [E] for the choice only -> ids int32 [T, top_k], best first; weights [T, top_k].
 
-    Ids are distinct and in range for any logits; the rules are in RouterSpec.
+    Ids are distinct and in range for any logits; the rules are in RouterSpec. masks [M, E], uint8 or bool,
+    say which experts may be used (1), mask_rows int32 [T] which mask a token obeys (-1: none). A forbidden
+    expert is out of the race before the softmax and adds nothing to its group's score. Groups with an allowed
+    expert come before those without, and where the chosen groups hold fewer than top_k allowed experts, the
+    best allowed ones of the other groups follow: a mask that allows at least top_k experts is never left. One
+    that allows fewer is for the caller to refuse; here the lowest forbidden ids fill up, with weight 0.
     """
     num_tokens, num_experts = logits.shape
     spec.check(num_experts)
+    forbidden = _forbidden(num_tokens, num_experts, masks, mask_rows).to(logits.device)
     lowest, highest = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
     finite = logits.double().nan_to_num(nan=lowest, neginf=lowest, posinf=highest).clamp(lowest, highest)
-    scores = finite.softmax(-1) if spec.scoring == "softmax" else finite.sigmoid()
+    fenced = finite.masked_fill(forbidden, -torch.inf)
+    scores = fenced.softmax(-1) if spec.scoring == "softmax" else fenced.sigmoid()
+    scores = scores.masked_fill(forbidden, 0.0)  # NaN where nothing is allowed
 
     # The choice is made in float32, so that it can be compared with float32 kernels bit by bit.
     choice = finite.float() if spec.chooses_by_logit(bias is not None) else scores.float()
     if bias is not None:
         choice = choice + bias.float()
-    choice = choice.nan_to_num(nan=lowest, neginf=lowest, posinf=highest)
+    choice = choice.nan_to_num(nan=lowest, neginf=lowest, posinf=highest).masked_fill(forbidden, -torch.inf)
+    level = (~forbidden).int()
     if spec.num_groups > 1:
-        grouped = choice.view(num_tokens, spec.num_groups, num_experts // spec.num_groups)
-        best = grouped.sort(dim=-1, descending=True, stable=True).values
-        group_scores = best[..., 0]
-        if spec.group_score == "top2_sum" and best.shape[-1] > 1:
-            group_scores = best[..., 0] + best[..., 1]
-        kept = group_scores.sort(dim=-1, descending=True, stable=True).indices[:, : spec.topk_groups]
-        allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, kept, True)
-        # Below every finite float, so that no expert of another group can win.
-        choice = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).view(num_tokens, num_experts)
-    ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, : spec.top_k]
+        level = level * (1 + _in_chosen_groups(choice, spec))
+    ids = _best_first(level, choice)[:, : spec.top_k]
 
     if spec.softmax_after_topk:
-        weights = finite.gather(1, ids).softmax(-1)
+        weights = fenced.gather(1, ids).softmax(-1).masked_fill(forbidden.gather(1, ids), 0.0)
     else:
         weights = scores.gather(1, ids)
         if spec.norm_topk_prob:
             total = weights.sum(-1, keepdim=True) + spec.norm_epsilon
             weights = weights / torch.where(total > 0, total, 1.0)
     return ids.int(), (weights * spec.routed_scaling).to(logits.dtype)
+
+
+def _forbidden(
+    num_tokens: int, num_experts: int, masks: torch.Tensor | None, mask_rows: torch.Tensor | None
+) -> torch.Tensor:
+    """bool [T, E]: the experts that a token may not use."""
+    if masks is None or mask_rows is None:
+        if masks is not mask_rows:
+            raise KernelError("route: masks and mask_rows, expected both or neither")
+        return torch.zeros(num_tokens, num_experts, dtype=torch.bool)
+    if masks.shape[1:] != (num_experts,) or mask_rows.shape != (num_tokens,):
+        raise KernelError(
+            f"route: masks {list(masks.shape)} and mask_rows {list(mask_rows.shape)}, "
+            f"expected [M, {num_experts}] and [{num_tokens}]"
+        )
+    if num_tokens and not -1 <= int(mask_rows.min()) <= int(mask_rows.max()) < masks.shape[0]:
+        raise KernelError(f"route: mask_rows out of range, expected -1 <= row < {masks.shape[0]}")
+    none = torch.zeros(1, num_experts, dtype=torch.bool, device=masks.device)
+    return torch.cat((masks == 0, none))[mask_rows.long()]  # row -1 is the last
+
+
+def _in_chosen_groups(choice: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
+    """int32 [T, E]: 1 for the experts of the ``topk_groups`` best groups; choice is -inf where forbidden."""
+    grouped = choice.view(choice.shape[0], spec.num_groups, choice.shape[1] // spec.num_groups)
+    best = grouped.sort(dim=-1, descending=True, stable=True).values
+    group_scores = best[..., 0]
+    if spec.group_score == "top2_sum" and best.shape[-1] > 1:
+        second = best[..., 1]
+        group_scores = best[..., 0] + second.masked_fill(second == -torch.inf, 0.0)
+    kept = _best_first((best[..., 0] > -torch.inf).int(), group_scores)[:, : spec.topk_groups]
+    chosen = torch.zeros_like(group_scores, dtype=torch.int32).scatter_(1, kept, 1)
+    return chosen.repeat_interleave(grouped.shape[-1], dim=1)
+
+
+def _best_first(level: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The order of each row: by level, then by value, both highest first; ties go to the lowest index."""
+    by_value = value.sort(dim=-1, descending=True, stable=True).indices
+    by_level = level.gather(1, by_value).sort(dim=-1, descending=True, stable=True).indices
+    return by_value.gather(1, by_level)
 
 
 # --- norms and positions ------------------------------------------------------------------------------------

@@ -116,7 +116,8 @@ class Attention:
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> LayerCache:
         shape = (num_blocks, self.config.num_kv_heads, block_size, self.config.head_dim)
-        return LayerCache(new_rows(*shape, dtype), new_rows(*shape, dtype))
+        device = self._kernels.device
+        return LayerCache(new_rows(*shape, dtype, device), new_rows(*shape, dtype, device))
 
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         return 2 * self.config.num_kv_heads * row_size(self.config.head_dim, dtype) * dtype.itemsize

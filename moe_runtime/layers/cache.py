@@ -6,22 +6,27 @@ from dataclasses import dataclass
 import numpy
 import torch
 
+from moe_runtime.kernels import CPU
 from moe_runtime.kernels.cache_rows import row_size
 from moe_runtime.kernels.step import StepProgram
 from moe_runtime.layers.rope import Rotation
 
 
-def zeroed(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros whose pages the system provides when they are first written (calloc): a large cache costs neither
-    time at start nor memory before it is used. torch.zeros writes every page.
+def zeroed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> torch.Tensor:
+    """Zeros; on the CPU in pages that the system provides when they are first written (calloc): a large
+    cache costs neither time at start nor memory before it is used. torch.zeros writes every page.
     """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
     raw = numpy.zeros(math.prod(shape) * dtype.itemsize, dtype=numpy.uint8)
     return torch.from_numpy(raw).view(dtype).view(shape)
 
 
-def new_rows(num_blocks: int, heads: int, block_size: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+def new_rows(
+    num_blocks: int, heads: int, block_size: int, dim: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """Zeroed room for rows of ``dim`` numbers, [num_blocks, heads, block_size, row_size(dim, dtype)]."""
-    return zeroed((num_blocks, heads, block_size, row_size(dim, dtype)), dtype)
+    return zeroed((num_blocks, heads, block_size, row_size(dim, dtype)), dtype, device)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class Decoder:
         self.config = config
         self.blocks = tuple(blocks)
         self._names = names
-        self.embedding = Embedding(names.embedding, config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(kernels, names.embedding, config.vocab_size, config.hidden_size)
         self.norm = RmsNorm(kernels, names.norm, config.hidden_size, config.rms_norm_eps)
         self.head: TiedHead | Linear
         if config.tie_word_embeddings:
@@ -87,7 +87,8 @@ class Decoder:
     def forward(self, batch: Batch, cache: Cache) -> torch.Tensor:
         """Logits float32 [R, V] of the R rows in ``batch.logit_rows``; fills the cache for all T tokens.
 
-        A row's logits do not depend on the other rows. T = 0 is not a batch.
+        A row's logits do not depend on the other rows. T = 0 is not a batch. The batch may be on the CPU; the
+        logits are on the kernels' device.
         """
         if cache.program is None:
             return self._forward(batch, cache)
@@ -103,6 +104,7 @@ class Decoder:
     @torch.inference_mode()
     def _forward(self, batch: Batch, cache: Cache) -> torch.Tensor:
         """What ``cache.program`` computes, layer by layer: to be read, and for other kernels."""
+        batch = batch.to(self._kernels.device)
         rows = batch.logit_rows
         # 1. Tokens to vectors; the residual stream is float32 from here on.
         residual = self.embedding(batch.token_ids)
@@ -149,7 +151,7 @@ class Decoder:
         dtype = self._cache_dtype(kv_dtype)
         layers = tuple(block.attention.new_cache(num_blocks, block_size, dtype) for block in self.blocks)
         positions = min(num_blocks * block_size, self.config.max_position_embeddings)
-        rotation = build_rotation(self.config.rope, positions)
+        rotation = build_rotation(self.config.rope, positions, self._kernels.device)
         program = build_program(self, layers, rotation) if self._kernels.all_from("cpu") else None
         return Cache(layers, rotation, program)
 

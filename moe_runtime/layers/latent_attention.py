@@ -123,7 +123,8 @@ class LatentAttention:
         self.expand.write(matrices[self.config.num_heads :])
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype) -> LayerCache:
-        return LayerCache(new_rows(num_blocks, 1, block_size, self._latent_dim, dtype), None)
+        device = self._kernels.device
+        return LayerCache(new_rows(num_blocks, 1, block_size, self._latent_dim, dtype, device), None)
 
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         return row_size(self._latent_dim, dtype) * dtype.itemsize

@@ -79,7 +79,7 @@ class Linear:
 
     def _write_bias(self, rows: slice, bias: torch.Tensor) -> None:
         if self.bias is None:
-            self.bias = torch.zeros(self._out_features)
+            self.bias = torch.zeros(self._out_features, device=self._kernels.device)
         self.bias[rows] = bias
 
 
@@ -135,7 +135,8 @@ class HeadLinear:
 class Embedding:
     """token ids int64 [T] -> float32 [T, H]. The table keeps the checkpoint's dtype."""
 
-    def __init__(self, name: str, vocab_size: int, hidden: int) -> None:
+    def __init__(self, kernels: Kernels, name: str, vocab_size: int, hidden: int) -> None:
+        self._device = kernels.device
         self._name = name
         self._shape = (vocab_size, hidden)
         self.table: torch.Tensor
@@ -147,7 +148,7 @@ class Embedding:
         yield Slot(f"{self._name}.weight", self._shape, self._write, places=(Place(self, "table"),))
 
     def _write(self, weight: torch.Tensor) -> None:
-        self.table = weight.clone()
+        self.table = weight.to(self._device, copy=True)
 
 
 class TiedHead:

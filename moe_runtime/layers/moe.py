@@ -88,7 +88,8 @@ class DenseMlp:
         if self.gate is not None:
             ids, weights = self._kernels.route(self.gate(x), self.GATED, None)
         else:
-            ids, weights = torch.zeros(x.shape[0], 1, dtype=torch.int32), torch.ones(x.shape[0], 1)
+            ids = torch.zeros(x.shape[0], 1, dtype=torch.int32, device=x.device)
+            weights = torch.ones(x.shape[0], 1, device=x.device)
         result: torch.Tensor = self._kernels.fused_moe(x, ids, weights, self.experts.packed)
         return result
 
@@ -166,4 +167,4 @@ class MoeMlp:
             yield from self.shared.slots()
 
     def _write_selection_bias(self, bias: torch.Tensor) -> None:
-        self.selection_bias = bias.to(torch.float32, copy=True)
+        self.selection_bias = bias.to(self._kernels.device, torch.float32, copy=True)

@@ -40,4 +40,4 @@ class RmsNorm:
         )
 
     def _write(self, weight: torch.Tensor) -> None:
-        self.weight = weight.to(torch.float32, copy=True)
+        self.weight = weight.to(self._kernels.device, torch.float32, copy=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_runtime.kernels import CPU
 from moe_runtime.model_config import RopeConfig
 
 
@@ -19,10 +20,13 @@ class Rotation:
     interleaved: bool
 
 
-def build_rotation(config: RopeConfig, num_positions: int) -> Rotation:
-    """Angles are float32 products, as in every engine these models were trained and judged with."""
+def build_rotation(config: RopeConfig, num_positions: int, device: torch.device = CPU) -> Rotation:
+    """Angles are float32 products, as in every engine these models were trained and judged with. Computed on
+    the CPU, so that every ``device`` has the same numbers.
+    """
     angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies(config)
-    return Rotation(angles.cos() * config.table_scale, angles.sin() * config.table_scale, config.interleaved)
+    cos, sin = angles.cos() * config.table_scale, angles.sin() * config.table_scale
+    return Rotation(cos.to(device), sin.to(device), config.interleaved)
 
 
 def frequencies(config: RopeConfig) -> torch.Tensor:

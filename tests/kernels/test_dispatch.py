@@ -14,10 +14,10 @@ def isa() -> None:
     """Once is enough: these tests choose instruction sets themselves."""
 
 
-def test_auto_is_cpu_and_every_operation_has_both_backends() -> None:
+def test_auto_is_cpu_and_every_operation_has_all_backends() -> None:
     kernels = choose()
     assert kernels.backend == "cpu" and kernels.linear is cpu.linear
-    assert all(set(row) == {"cpu", "reference"} for row in OPS.values())
+    assert all(set(row) == {"cpu", "reference", "triton"} for row in OPS.values())
 
 
 def test_packing_follows_the_operation_that_reads_it() -> None:

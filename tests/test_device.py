@@ -1,0 +1,183 @@
+"""Choosing a device on machines that are not here: torch's answers are replaced."""
+
+import dataclasses
+import importlib
+import sys
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from moe_runtime import kernels
+from moe_runtime.batch import Batch
+from moe_runtime.device import choose_device, told_as_config_errors
+from moe_runtime.errors import ConfigError
+
+GPU = torch.device("cuda", 0)
+
+
+class Machine:
+    """What torch.cuda says of a machine."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capability = (9, 0)
+        self.available = True
+        self.warning = ""
+        self.fault: Exception | None = None
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "is_available", self._is_available)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: self.capability)
+        monkeypatch.setattr(torch, "zeros", self._zeros)
+        monkeypatch.setattr(importlib, "import_module", self._import_module)
+        self.has_triton = True
+
+    def _is_available(self) -> bool:
+        if self.warning:
+            warnings.warn(self.warning, UserWarning, stacklevel=2)
+        return self.available
+
+    def _zeros(self, *_: Any, **__: Any) -> None:
+        if self.fault is not None:
+            raise self.fault
+
+    def _import_module(self, name: str) -> Any:
+        if not self.has_triton:
+            raise ImportError(f"No module named {name!r}")
+        return sys
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def test_auto_and_cuda_take_the_gpu_and_say_which(machine: Machine) -> None:
+    for name in ("auto", "cuda"):
+        choice = choose_device(name)
+        assert choice.device == GPU
+        assert choice.reason == "computing on cuda:0, Some GPU (compute capability 9.0)"
+    assert choose_device("cpu").device == torch.device("cpu")
+
+
+def test_an_amd_gpu_needs_no_capability(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    machine.capability = (1, 0)
+    assert choose_device("auto").reason == "computing on cuda:0, Some GPU (ROCm)"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_auto_stays_where_the_backend_runs(machine: Machine, backend: str) -> None:
+    choice = choose_device("auto", backend)
+    assert choice.device.type == "cpu"
+    assert choice.reason == f"computing on the CPU: --backend {backend} runs nowhere else"
+
+
+def refused(message: str) -> None:
+    """ "cuda" raises ConfigError, "auto" takes the CPU, both for this reason."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        choose_device("cuda")
+    assert str(caught.value).startswith("--device cuda: ")
+    assert str(caught.value).endswith(", or use --device cpu")
+    choice = choose_device("auto")
+    assert choice.device.type == "cpu"
+    assert choice.reason == str(caught.value).replace("--device cuda:", "computing on the CPU:").replace(
+        ", or use --device cpu", " to use a GPU"
+    )
+
+
+def test_torch_without_cuda(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.available = False
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    refused(r"no CUDA device was found \(torch 2.13.0\+cpu was built without CUDA\); install torch's CUDA")
+
+
+def test_no_gpu_or_a_driver_that_torch_does_not_like(machine: Machine) -> None:
+    machine.available = False
+    refused(r"no CUDA device was found \(torch [^,]+, CUDA 13.0\); check the driver and CUDA_VISIBLE_DEVICES")
+    machine.warning = "The NVIDIA driver on your system is too old (found version 11040).\nPlease update"
+    refused(r"CUDA 13.0: The NVIDIA driver on your system is too old \(found version 11040\).\); check")
+
+
+def test_a_gpu_that_is_too_old(machine: Machine) -> None:
+    machine.capability = (7, 5)
+    refused(r"Some GPU has compute capability 7.5, the kernels need 8.0 or more")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [RuntimeError("CUDA error: out of memory\nCompile with"), AssertionError("CUDA error: x"), OSError()],
+)
+def test_errors_of_the_driver_are_told_in_one_line(machine: Machine, fault: Exception) -> None:
+    machine.fault = fault
+    refused(r"the driver refused cuda:0: (CUDA error: (out of memory|x)|OSError); look at nvidia-smi")
+
+
+def test_triton_that_is_missing(machine: Machine) -> None:
+    machine.has_triton = False
+    refused(r"triton cannot be imported \(No module named 'triton'\); install triton")
+
+
+def test_the_interpreter_computes_on_the_cpu(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    refused("TRITON_INTERPRET=1 is set")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_triton_without_a_gpu_is_refused(machine: Machine, name: str) -> None:
+    machine.available = False
+    with pytest.raises(ConfigError, match="--backend triton: no CUDA device .* --backend auto --device cpu"):
+        choose_device(name, "triton")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
+            r"cuda:0 has too little memory .*\(CUDA out of memory. Tried\); lower --cache-bytes",
+        ),
+        (torch.AcceleratorError("CUDA error: illegal"), "cuda:0 failed while .* or use --device cpu"),
+    ],
+)
+def test_what_a_gpu_refuses_while_loading_names_the_knobs(fault: Exception, message: str) -> None:
+    with pytest.raises(ConfigError, match=message), told_as_config_errors(GPU):
+        raise fault
+
+
+def test_another_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--device 'tpu': must be auto, cpu or cuda"):
+        choose_device("tpu")
+
+
+def test_backends_that_compute_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="backend = 'cpu' computes on the CPU, not on cuda"):
+        kernels.choose("cpu", device=torch.device("cuda"))
+    with pytest.raises(ConfigError, match="backend = 'reference' computes on the CPU"):
+        kernels.choose("auto", {"attention": "reference"}, device=torch.device("cuda"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="TRITON_INTERPRET=1 .* use --device cuda, or --backend auto"):
+        kernels.choose("triton")
+
+
+def test_a_batch_travels_as_one_run_of_aligned_bytes() -> None:
+    batch = Batch(
+        token_ids=torch.tensor([5, 1 << 40, 7]),
+        positions=torch.tensor([0, 1, 2], dtype=torch.int32),
+        slots=torch.tensor([16, 17, -1]),
+        sequence_rows=torch.tensor([0, 0, 1], dtype=torch.int32),
+        block_tables=torch.tensor([[1, 0], [3, 4]], dtype=torch.int32),
+        logit_rows=torch.empty(0, dtype=torch.int64),
+    )
+    run = batch.staged(pinned=False)
+    there = batch.on(run)
+    for field in dataclasses.fields(Batch):
+        expected, got = getattr(batch, field.name), getattr(there, field.name)
+        assert got.dtype is expected.dtype and torch.equal(got, expected)
+        assert (got.data_ptr() - run.data_ptr()) % 16 == 0 or not got.numel()
+        assert got.is_contiguous() and getattr(batch.to(torch.device("meta")), field.name).is_meta
+    assert batch.to(torch.device("cpu")) is batch
