@@ -37,7 +37,7 @@ def _widen_int4(words, zeros, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     third = ((words >> 8) & 0x000F000F) | 0x43004300
     fourth = ((words >> 12) & 0x000F000F) | 0x43004300
     pairs = tl.join(tl.join(first, third), tl.join(second, fourth))
-    return _halves(tl.reshape(pairs, (ROWS, COLUMNS // 2)), ROWS, COLUMNS) - zeros[:, None]
+    return _halves(tl.reshape(pairs, (ROWS, COLUMNS // 2)), ROWS, COLUMNS) - zeros
 
 
 @triton.jit
@@ -125,14 +125,15 @@ def _int4_product(
             k = step + group * GROUP
             packed = tl.load(weights[:, None] + (k // 8 + words)[None, :])
             inputs = _load_x(x, x_rows, k, columns, in_features, EVEN_K).to(tl.bfloat16)
-            scale = tl.load(scales + k // GROUP * stride).to(tl.float32)
+            scale = tl.load(scales + k // GROUP * stride)
             if zeros is None:
-                zero = tl.full([ROWS], 0x4308, tl.uint16)
+                zero = tl.full([ROWS, 1], 0x4308, tl.uint16)
             else:
-                zero = tl.load(zeros + k // GROUP * stride).to(tl.uint16) | 0x4300
+                zero = tl.load((zeros + k // GROUP * stride)[:, None]).to(tl.uint16) | 0x4300
             tile = _widen_int4(packed, zero.to(tl.bfloat16, bitcast=True), ROWS, GROUP)
             part = tl.dot(tile, inputs)
-            total = tl.fma(part, tl.broadcast_to(scale[:, None], [ROWS, TOKENS]), total)
+            wide = tl.broadcast_to(scale.to(tl.float32)[:, None], [ROWS, TOKENS])
+            total = tl.fma(part, wide, total)
     return total
 
 

@@ -101,12 +101,12 @@ _PLAIN_TILES = _by_tokens(
     Tile(64, 16, 4, 5, 3), Tile(64, 32, 4, 4, 3), Tile(128, 64, 8, 3, 2), Tile(128, 128, 8, 3, 2)
 )
 _INT8_TILES = _by_tokens(
-    Tile(64, 16, 4, 4, 3), Tile(64, 32, 4, 3, 3), Tile(64, 64, 4, 2, 3), Tile(128, 128, 8, 2, 2)
+    Tile(64, 16, 4, 4, 3), Tile(64, 32, 4, 3, 3), Tile(64, 64, 8, 2, 2), Tile(128, 128, 8, 2, 2)
 )
 # With scales inside the loop a step's products need registers of their own, beside the sum. So half the rows:
 # a weight is still widened once for 128 tokens.
 _SCALED_TILES = _by_tokens(
-    Tile(64, 16, 4, 4, 3), Tile(64, 32, 4, 3, 3), Tile(64, 64, 4, 2, 3), Tile(64, 128, 8, 2, 2)
+    Tile(64, 16, 4, 4, 3), Tile(64, 32, 4, 3, 3), Tile(64, 64, 8, 2, 2), Tile(64, 128, 8, 2, 2)
 )
 _FLOAT_TILES = _by_tokens(Tile(64, 16, 4, 3, 4), Tile(64, 32, 4, 3, 4), Tile(64, 64, 8, 2, 2))
 _TILES = {
