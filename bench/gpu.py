@@ -1,6 +1,6 @@
 """Does the GPU path work and how fast is it? One call, at most nine minutes, on a bare machine with one GPU.
 
-    python3 bench/gpu.py [--seconds 510] [--sections check moe masks ops tests] [--dry-run]
+    python3 bench/gpu.py [--seconds 510] [--sections check moe masks ops decode tests] [--dry-run]
 
 Needs python3, torch, triton, cmake, ninja and pybind11, nothing installed of ours and no network. In order:
 
@@ -9,7 +9,8 @@ Needs python3, torch, triton, cmake, ninja and pybind11, nothing installed of ou
 3. moe     one layer's experts beside the byte floor, the matrix rate and what torch and transformers offer
 4. masks   what four scenario masks, mixed over the rows of a batch, cost
 5. ops     attention, linear layers, router, norm
-6. tests   tests/kernels/triton on the GPU
+6. decode  steps of a whole model: captured and not, with masks and without, beside the bytes they must read
+7. tests   tests/kernels/triton on the GPU
 
 Each section has its share of the time that is left when it starts, so that all end in time; each case is in
 the file as soon as it is measured. Results: $OUT if that is set, else bench/results/, with date and chip.
@@ -36,7 +37,7 @@ from gpu_shapes import GRID, TOY_GRID, Grid
 
 ROOT = gpu_build.ROOT
 # Sections and their shares of the time left.
-SHARES = {"check": 22.0, "moe": 40.0, "masks": 6.0, "ops": 12.0, "tests": 20.0}
+SHARES = {"check": 20.0, "moe": 32.0, "masks": 5.0, "ops": 10.0, "decode": 15.0, "tests": 18.0}
 BUILD_SHARE = 0.35
 TESTS, TOY_TESTS = ("tests/kernels/triton",), ("tests/kernels/triton/test_interpreter.py",)
 

@@ -14,10 +14,9 @@ from gpu_shapes import MASK_COST_AT_MOST
 
 from moe_runtime.kernels.packed import RouterSpec
 from moe_runtime.kernels.triton.fused_moe import fused_moe
-from moe_runtime.kernels.triton.router import NUM_ARRIVALS, route, route_tokens
+from moe_runtime.kernels.triton.router import NUM_ARRIVALS, route_tokens
 
 MASKS = 4
-ROUTED_AT_ONCE = 64  # up to which the router starts from hidden states
 
 
 def measure(mixture: Mixture, num_tokens: int, clock: Clock, rounds: int) -> dict[str, Any]:
@@ -35,10 +34,7 @@ def measure(mixture: Mixture, num_tokens: int, clock: Clock, rounds: int) -> dic
         given = (masks, rows) if masked else (None, None)
 
         def run() -> torch.Tensor:
-            if num_tokens <= ROUTED_AT_ONCE:
-                ids, weights, _ = route_tokens(x, router, spec, None, *given, arrivals=arrivals)
-            else:
-                ids, weights = route((x.bfloat16() @ router.T).float(), spec, None, *given)
+            ids, weights, _ = route_tokens(x, router, spec, None, *given, arrivals=arrivals)
             out: torch.Tensor = fused_moe(x, ids, weights, experts)
             return out
 

@@ -30,7 +30,8 @@ def table(result: dict[str, Any]) -> str:
     lines += _checks([row for row in rows if row["section"] == "check"])
     lines += [_moe(row) for row in rows if row["section"] == "moe"]
     lines += [_masks(row) for row in rows if row["section"] == "masks"]
-    lines += [_op(row) for row in rows if row["section"] not in ("limits", "check", "moe", "masks")]
+    lines += [_op(row) for row in rows if row["section"] == "ops"]
+    lines += [_decode(row) for row in rows if row["section"] == "decode"]
     lines += _targets(rows)
     for row in result["rows"]:
         if row["kind"] in ("error", "late"):
@@ -105,6 +106,15 @@ def _missed(row: dict[str, Any]) -> str:
 def _masks(row: dict[str, Any]) -> str:
     same = "" if row["same_result"] else " OTHER RESULT"
     return f"masks {_case(row)} {_time(row['seconds'])} cost {row['cost']:+.1%}{same}{_missed(row)}"
+
+
+def _decode(row: dict[str, Any]) -> str:
+    same = "" if row["same_result"] else " OTHER RESULT"
+    return (
+        f"step {_case(row)} {_time(row['seconds'])} {row['of_byte_floor']:5.0%} bytes, launched "
+        f"{_time(row['launched'])} {row['launched_of_byte_floor']:5.0%}, masks {row['cost']:+.1%}, "
+        f"{row['layers']} layers{same}{_missed(row)}"
+    )
 
 
 def _op(row: dict[str, Any]) -> str:

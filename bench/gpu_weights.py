@@ -11,27 +11,31 @@ from typing import Any
 import torch
 
 from moe_runtime.kernels.packed import WeightFormat
-from moe_runtime.kernels.triton.fp8_weights import fp8_experts, fp8_matrix
 from moe_runtime.kernels.triton.unpack import dequantize
-from moe_runtime.kernels.triton.weight_bits import SCALE_BLOCK
 from moe_runtime.kernels.triton.weights import DeviceExperts, DeviceLinear, DeviceMatrix, new_matrix
 
-FORMATS = {"bf16": WeightFormat("bfloat16"), "int4": WeightFormat("int4", 128)}
+FORMATS = {
+    "bf16": WeightFormat("bfloat16"),
+    "int4": WeightFormat("int4", 128),
+    "fp8": WeightFormat("float8", 128),
+}
 Experts = DeviceExperts
 
 
 def random_matrix(count: int, n: int, k: int, name: str, device: torch.device) -> DeviceMatrix:
     """``count`` matrices [N, K] whose products with ordinary rows are ordinary numbers."""
-    if name == "fp8":
-        codes = torch.randn(count, n, k, device=device).to(torch.float8_e4m3fn)
-        blocks = (count, -(-n // SCALE_BLOCK), -(-k // SCALE_BLOCK))
-        scales = torch.ldexp(torch.rand(blocks, device=device).add_(0.5).half().float(), _exponent(k, device))
-        return fp8_matrix(codes, scales, device=device)
     home = new_matrix(count, n, k, FORMATS[name], device)
     if name == "bf16":
         home.data.normal_(std=k**-0.5)
         return home
-    assert home.scales is not None and home.row_scales is not None, "int4 has both"
+    assert home.scales is not None, "both formats of codes have them"
+    if name == "fp8":
+        for matrix in home.data:
+            matrix.copy_(torch.randn(n, matrix.shape[1], device=device).to(torch.float8_e4m3fn))
+        scales = torch.rand_like(home.scales).add_(0.5).half().float()
+        home.scales.copy_(torch.ldexp(scales, _exponent(k, device)))
+        return home
+    assert home.row_scales is not None, "int4 has them"
     home.data.random_(0, 256)
     home.scales.uniform_(0.1, 0.3)
     home.row_scales.copy_(torch.ldexp(torch.ones_like(home.row_scales), _exponent(k, device)))
@@ -48,8 +52,6 @@ def random_experts(
 ) -> DeviceExperts:
     gate_up = random_matrix(2 * num_experts, intermediate, hidden, name, device)
     down = random_matrix(num_experts, hidden, intermediate, name, device)
-    if name == "fp8":
-        return fp8_experts(gate_up, down)
     return DeviceExperts(gate_up, down, num_experts, hidden, intermediate, FORMATS[name])
 
 

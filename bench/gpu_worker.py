@@ -171,13 +171,33 @@ def ops(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Run]]:
         yield about, lambda case=case: gpu_ops.measure(case, clock, Limits(*options.limits))
 
 
+def decode(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Run]]:
+    import gpu_decode
+    from gpu_clock import make_clock
+    from gpu_limits import Limits
+
+    clock, sizes = make_clock(options.dry_run), gpu_decode.TOY if options.dry_run else gpu_decode.QWEN3
+    built: dict[str, gpu_decode.Model] = {}
+
+    def run(weight_format: str, sequences: int) -> dict[str, Any]:
+        if weight_format not in built:
+            built.clear()  # its memory first
+            built[weight_format] = gpu_decode.Model(sizes, weight_format, clock)
+        return gpu_decode.measure(built[weight_format], sequences, Limits(*options.limits))
+
+    for weight_format in sizes.formats:
+        for sequences in sizes.sequences:
+            about = {"layer": sizes.name, "format": weight_format, "tokens": sequences}
+            yield about, lambda case=(weight_format, sequences): run(*case)
+
+
 def chosen_grid(options: argparse.Namespace) -> Any:
     from gpu_shapes import GRID, TOY_GRID
 
     return TOY_GRID if options.dry_run else GRID
 
 
-SECTIONS = {"limits": limits, "check": check, "moe": moe, "masks": masks, "ops": ops}
+SECTIONS = {"limits": limits, "check": check, "moe": moe, "masks": masks, "ops": ops, "decode": decode}
 
 if __name__ == "__main__":
     sys.exit(main())

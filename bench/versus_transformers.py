@@ -50,7 +50,7 @@ class Ours:
     def _forward(self, tokens: list[int]) -> None:
         import torch
 
-        from moe_runtime.batch import Batch
+        from moe_runtime.batch import Batch, no_masks
 
         count = len(tokens)
         positions = torch.arange(self.length, self.length + count)
@@ -61,6 +61,7 @@ class Ours:
             sequence_rows=torch.zeros(count, dtype=torch.int32),
             block_tables=torch.arange(64, dtype=torch.int32).unsqueeze(0),
             logit_rows=torch.tensor([count - 1]),
+            mask_rows=no_masks(count),
         )
         self.model.forward(batch, self.cache).argmax(-1)
         self.length += count

@@ -60,11 +60,15 @@ void bind_step(py::module_& m) {
       .field("normalise", &Rules::normalise).field("top2_sum", &Rules::top2_sum)
       .field("softmax_after_topk", &Rules::softmax_after_topk).field("routed_scaling", &Rules::routed_scaling)
       .field("norm_epsilon", &Rules::norm_epsilon);
+  Descriptor<Residence>(m, "Residence").field("slot_of", &Residence::slot_of)
+      .field("num_experts", &Residence::num_experts).field("num_slots", &Residence::num_slots)
+      .field("layer", &Residence::layer);
   Descriptor<Mixture>(m, "Mixture").field("router", &Mixture::router)
       .field("selection_bias", &Mixture::selection_bias).field("rules", &Mixture::rules)
+      .field("masks", &Mixture::masks).field("num_masks", &Mixture::num_masks)
       .field("gate_up", &Mixture::gate_up).field("down", &Mixture::down).field("num_experts", &Mixture::num_experts)
       .field("hidden", &Mixture::hidden).field("intermediate", &Mixture::intermediate)
-      .field("format", &Mixture::format);
+      .field("format", &Mixture::format).field("residence", &Mixture::residence);
   Descriptor<Layer>(m, "Layer").field("attention_norm", &Layer::attention_norm).field("attention", &Layer::attention)
       .field("cache", &Layer::cache).field("mlp_norm", &Layer::mlp_norm).field("experts", &Layer::experts)
       .field("shared", &Layer::shared);
@@ -72,10 +76,11 @@ void bind_step(py::module_& m) {
       .field("norm", &Model::norm).field("head", &Model::head).field("rotation", &Model::rotation);
   py::class_<StepProgram>(m, "StepProgram").def(py::init<Model>())
       .def("run", [](StepProgram& program, Address token_ids, Address positions, Address slots, Address sequence_rows,
-                     Address tables, Address logit_rows, int64_t tokens, int64_t sequences, int64_t max_blocks,
-                     int64_t rows, Address logits) {
+                     Address tables, Address logit_rows, Address mask_rows, int64_t tokens, int64_t sequences,
+                     int64_t max_blocks, int64_t rows, Address lost, Address outside, Address logits) {
     const auto longs = [](Address a) { return reinterpret_cast<const int64_t*>(a); };
     program.run({longs(token_ids), ints(positions), longs(slots), ints(sequence_rows), ints(tables),
-                 longs(logit_rows), tokens, sequences, max_blocks, rows}, floats_out(logits));
+                 longs(logit_rows), ints(mask_rows), tokens, sequences, max_blocks, rows,
+                 {floats_out(lost), reinterpret_cast<int64_t*>(outside)}}, floats_out(logits));
   }, py::call_guard<NoGil>());
 }

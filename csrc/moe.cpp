@@ -7,6 +7,7 @@
 //
 // Each weight is read from memory once, whatever the number of tokens that chose its expert.
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <string>
 
@@ -135,10 +136,78 @@ void sum_slots(const Call& c, const float* weights, int64_t column, int64_t widt
   }
 }
 
+// Of one output's panel of columns: sum of squares and largest absolute number. In lanes, so that none waits.
+void panel_moments(const float* row, int64_t columns, double* square, float* peak) {
+  constexpr int64_t kLanes = 8;
+  double sums[kLanes] = {};
+  float tops[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= columns; j += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const float value = row[j + lane];
+      sums[lane] += (double)value * value;
+      tops[lane] = std::max(tops[lane], std::fabs(value));
+    }
+  }
+  for (int64_t lane = 0; j < columns; ++j, ++lane) {
+    sums[lane] += (double)row[j] * row[j];
+    tops[lane] = std::max(tops[lane], std::fabs(row[j]));
+  }
+  *square = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  *peak = *std::max_element(tops, tops + kLanes);
+}
+
+// Per panel of every sorted row, to be added up when all panels are there.
+struct PanelMoments {
+  int64_t count;    // panels of a row
+  double* squares;  // [pairs, count]
+  float* peaks;
+};
+
+void add_moments(const Call& c, int64_t column, int64_t width, const float* block, const Moments& moments,
+                 const PanelMoments& panels) {
+  for (int64_t i = 0; i < c.sorted.num_active; ++i) {
+    const int32_t expert = c.sorted.active[i];
+    double* sums = moments.sums + expert * c.shape.hidden + column;
+    for (int64_t r = c.sorted.first[expert]; r < c.sorted.first[expert + 1]; ++r) {
+      const float* row = block + r * width;
+      for (int64_t first = 0; first < width; first += kPanelColumns) {
+        const int64_t at = r * panels.count + (column + first) / kPanelColumns;
+        panel_moments(row + first, std::min(kPanelColumns, width - first), panels.squares + at, panels.peaks + at);
+      }
+      if (!moments.counted[c.sorted.token_of[r]]) continue;
+      for (int64_t j = 0; j < width; ++j) sums[j] += row[j];
+    }
+  }
+}
+
+void finish_moments(const Call& c, const PanelMoments& panels, const Moments& moments) {
+  for (int64_t p = 0; p < c.shape.num_tokens * c.shape.top_k; ++p) {
+    const int64_t first = c.sorted.row_of[p] * panels.count;
+    moments.squares[p] = std::accumulate(panels.squares + first, panels.squares + first + panels.count, 0.0);
+    moments.peaks[p] = *std::max_element(panels.peaks + first, panels.peaks + first + panels.count);
+  }
+}
+
 }  // namespace
 
+void expert_slots(const int32_t* ids, int64_t num_tokens, int64_t top_k, const Residence& residence, int32_t* slots) {
+  for (int64_t p = 0; p < num_tokens * top_k; ++p) {
+    const int64_t id = ids[p];
+    const bool known = id >= 0 && id < residence.num_experts;
+    const int32_t slot = known ? residence.slot_of[id] : -1;
+    if (slot < 0 || slot >= residence.num_slots) {
+      throw KernelFault("layer " + std::to_string(residence.layer) + ": expert " + std::to_string(id) +
+                        ", chosen by token " + std::to_string(p / top_k) +
+                        (known ? " of the batch, is not in memory; its mask allows more than the placement holds"
+                               : " of the batch, does not exist"));
+    }
+    slots[p] = slot;
+  }
+}
+
 void fused_moe(const float* x, const int32_t* ids, const float* weights, const char* gate_up, const char* down,
-               const MoeShape& shape, int32_t format, float* out) {
+               const MoeShape& shape, int32_t format, float* out, const Moments* moments) {
   const KernelTable& table = kernels();
   const int64_t pairs = shape.num_tokens * shape.top_k, threads = num_threads();
   Scratch scratch;
@@ -162,6 +231,10 @@ void fused_moe(const float* x, const int32_t* ids, const float* weights, const c
   float* blocks = scratch.take<float>(threads * pairs * width);
   const float** slots = scratch.take<const float*>(threads * shape.top_k);
 
+  const int64_t watched = moments ? pairs : 0, row_panels = (shape.hidden + kPanelColumns - 1) / kPanelColumns;
+  const PanelMoments partial{row_panels, scratch.take<double>(watched * row_panels),
+                             scratch.take<float>(watched * row_panels)};
+
   run(pairs * shape.hidden * shape.intermediate * 3 >= kParallelFrom, [&](int worker) {
     rows.prepare();
     gate_up_stage.drain([&](int64_t expert, int64_t chunk) {
@@ -174,7 +247,9 @@ void fused_moe(const float* x, const int32_t* ids, const float* weights, const c
       float* block = blocks + worker * pairs * width;
       down_task(call, column, columns, block);
       sum_slots(call, weights, column, columns, block, slots + worker * shape.top_k, out);
+      if (moments) add_moments(call, column, columns, block, *moments, partial);
     });
     down_stage.wait();
   });
+  if (moments) finish_moments(call, partial, *moments);
 }

@@ -27,19 +27,44 @@ uint64_t checksum(const char* data, int64_t bytes);
 uint64_t checksum_file(int descriptor, int64_t offset, int64_t bytes);
 
 // router.cpp
+struct ExpertMasks {       // the experts that each token may use; rows null: all of them
+  const uint8_t* allowed;  // [count, num_experts], 0: forbidden
+  int64_t count;
+  const int32_t* rows;     // [tokens], -1: no mask
+};
+struct RouteMeter {        // what the masks do, added to what is there; null: not asked
+  float* lost;             // [tokens]: the part of the weight that goes to forbidden experts without the mask
+  int64_t* outside;        // choices that a mask forbids: none, unless it allows fewer than top_k
+};
 void route(const float* logits, int64_t num_tokens, int64_t num_experts, const float* bias, const RouterRules& rules,
-           int32_t* ids, float* weights);
+           const ExpertMasks& masks, const RouteMeter& meter, int32_t* ids, float* weights);
 
 // linear.cpp: x [T, heads, K], one packed [N, K] per head, out [T, heads, N]; bias [N] or null.
 void linear(const float* x, int64_t num_tokens, int64_t heads, int64_t k, const char* packed, int64_t n, int32_t format,
             const float* bias, float* out);
 
 // moe.cpp
+struct Residence {         // which experts of a layer are in memory; slot_of null: all
+  const int32_t* slot_of;  // [num_experts]: place among the num_slots that are; negative: not there
+  int64_t num_experts, num_slots, layer;
+};
+// ids [tokens, top_k] of a layer's experts -> their places; `slots` may be `ids`. KernelFault names layer and expert of
+// one that is not there.
+void expert_slots(const int32_t* ids, int64_t num_tokens, int64_t top_k, const Residence& residence, int32_t* slots);
+
 struct MoeShape {
   int64_t num_tokens, top_k, hidden, intermediate, num_experts;
 };
+// What the experts made of the tokens, before the weights, for profiling. Sums are in an order that neither threads nor
+// sizes of tasks change.
+struct Moments {
+  const uint8_t* counted;  // [num_tokens]: whether the token goes into `sums`
+  double* sums;            // [num_experts, hidden]: every expert's outputs are added
+  double* squares;         // [num_tokens, top_k]: each output's sum of squares
+  float* peaks;            // [num_tokens, top_k]: and its largest absolute number; a NaN shows in `squares` alone
+};
 void fused_moe(const float* x, const int32_t* ids, const float* weights, const char* gate_up, const char* down,
-               const MoeShape& shape, int32_t format, float* out);
+               const MoeShape& shape, int32_t format, float* out, const Moments* moments = nullptr);
 
 // sampling.cpp: the id drawn from softmax(logits / temperature) after the filters; -1 if no logit is finite and largest.
 struct SamplingRules {

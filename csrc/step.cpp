@@ -57,8 +57,13 @@ void add(const float* x, int64_t rows, int64_t size, float* total) {
   });
 }
 
+struct Fence {
+  const int32_t* mask_rows;  // of the rows that are there
+  RouteMeter meter;
+};
+
 // x and out [rows, hidden].
-void mix(const Mixture& m, Arena& arena, const float* x, int64_t rows, float* out) {
+void mix(const Mixture& m, const Fence& fence, Arena& arena, const float* x, int64_t rows, float* out) {
   Arena::Scope scope(arena);
   const int64_t top_k = m.rules.top_k;
   int32_t* ids = arena.take<int32_t>(rows * top_k);
@@ -66,12 +71,24 @@ void mix(const Mixture& m, Arena& arena, const float* x, int64_t rows, float* ou
   if (m.router.data) {
     float* logits = arena.take<float>(rows * m.num_experts);
     apply(m.router, x, rows, logits);
-    route(logits, rows, m.num_experts, m.selection_bias, m.rules, ids, weights);
+    const ExpertMasks masks{m.masks, m.num_masks, m.masks ? fence.mask_rows : nullptr};
+    route(logits, rows, m.num_experts, m.selection_bias, m.rules, masks, fence.meter, ids, weights);
   } else {
     std::fill_n(ids, rows, 0);
     std::fill_n(weights, rows, 1.0f);
   }
-  fused_moe(x, ids, weights, m.gate_up, m.down, {rows, top_k, m.hidden, m.intermediate, m.num_experts}, m.format, out);
+  const Residence& residence = m.residence;
+  if (residence.slot_of) expert_slots(ids, rows, top_k, residence, ids);
+  const int64_t packed = residence.slot_of ? residence.num_slots : m.num_experts;
+  fused_moe(x, ids, weights, m.gate_up, m.down, {rows, top_k, m.hidden, m.intermediate, packed}, m.format, out);
+}
+
+// After the rows without logits have gone.
+Fence last_fence(const StepBatch& batch, Arena& arena) {
+  if (!batch.mask_rows) return {};
+  int32_t* rows = arena.take<int32_t>(batch.num_logit_rows);
+  for (int64_t r = 0; r < batch.num_logit_rows; ++r) rows[r] = batch.mask_rows[batch.logit_rows[r]];
+  return {rows, {nullptr, batch.meter.outside}};
 }
 
 struct Leave {
@@ -97,6 +114,7 @@ void StepProgram::run_layers(const StepBatch& batch, float* logits) {
   const StepContext step{batch, model_.rotation, arena_};
   const int64_t hidden = model_.embedding.columns;
   int64_t rows = batch.num_tokens;
+  Fence fence{batch.mask_rows, batch.meter};
   float* residual = arena_.take<float>(rows * hidden);
   float* normed = arena_.take<float>(rows * hidden);
   float* update = arena_.take<float>(rows * hidden);
@@ -116,14 +134,15 @@ void StepProgram::run_layers(const StepBatch& batch, float* logits) {
       keep_rows(update, hidden, batch.logit_rows, rows);
       keep_rows(residual, hidden, batch.logit_rows, rows);
       if (rows == 0) return;
+      fence = last_fence(batch, arena_);
     }
     // 4. Each token on its own passes through its experts, and through the one that everyone visits.
     add_norm(layer.mlp_norm);
-    mix(layer.experts, arena_, normed, rows, update);
+    mix(layer.experts, fence, arena_, normed, rows, update);
     if (layer.shared.gate_up) {
       Arena::Scope scope(arena_);
       float* shared = arena_.take<float>(rows * hidden);
-      mix(layer.shared, arena_, normed, rows, shared);
+      mix(layer.shared, {}, arena_, normed, rows, shared);
       add(shared, rows, hidden, update);
     }
   }

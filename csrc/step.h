@@ -58,10 +58,13 @@ struct Mixture {           // layers/moe.py; router null: every token visits exp
   Matrix router;
   const float* selection_bias;
   RouterRules rules;
+  const uint8_t* masks;    // [num_masks, num_experts], which may change between steps; null: none
+  int64_t num_masks;
   const char* gate_up;
   const char* down;
   int64_t num_experts, hidden, intermediate;
   int32_t format;
+  Residence residence{};   // gate_up and down hold its num_slots experts
 };
 struct Layer {
   Norm attention_norm;
@@ -87,7 +90,9 @@ struct StepBatch {
   const int32_t* sequence_rows;
   const int32_t* block_tables;
   const int64_t* logit_rows;
+  const int32_t* mask_rows;  // null: no token has a mask
   int64_t num_tokens, num_sequences, max_blocks, num_logit_rows;
+  RouteMeter meter;          // over all layers; the last one, which sees logit rows alone, is not in `lost`
 };
 
 // ---- The program ---------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ struct Checker {
     holds("there is no expert", m.num_experts > 0);
     if (m.router.data) matrix("router", m.router, 1, m.num_experts, hidden);
     else equal("top_k without a router", m.rules.top_k, 1);
+    if (m.residence.slot_of) equal("the residence's num_experts", m.residence.num_experts, m.num_experts);
   }
 };
 

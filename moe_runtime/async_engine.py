@@ -8,27 +8,23 @@ and loop. No stream is left waiting: each choice gets a last event, whatever hap
 import asyncio
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from types import TracebackType
+from typing import Any, TypeVar
 
 from moe_runtime.engine import Engine
-from moe_runtime.errors import EngineStopped, Overloaded, RequestError
+from moe_runtime.errors import DeviceLost, EngineStopped, Overloaded, RequestError
 from moe_runtime.output import EngineStats, FinishReason, TokenEvent
+from moe_runtime.request_stream import RequestStream, Route
 from moe_runtime.sampling import SamplingParams
 
+__all__ = ["AsyncEngine", "RequestStream"]
+
+Result = TypeVar("Result")
 LOGGER = logging.getLogger(__name__)
 JOIN_SECONDS = 60.0
 ABORT_SECONDS = 30.0
-
-
-@dataclass(slots=True, eq=False)
-class Route:
-    """Where the events of one request go, and which of its choices have not had their last."""
-
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[TokenEvent]
-    open_choices: set[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,58 +35,23 @@ class Order:
     prompt_ids: Sequence[int] = ()
     params: SamplingParams | None = None
     salt: str = ""
+    scenario: str | None = None
+    work: "Work | None" = None  # instead of all this
 
 
-class RequestStream:
-    """The events of one request: ``async for event in stream``, until every choice has had its last.
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A call of the engine and who waits for its result."""
 
-    Leaving early (``aclose``, cancelling the task that waits in ``__anext__``, dropping the stream) aborts
-    the request and frees its blocks. To wait with a time limit, keep the waiting task and use
-    ``asyncio.wait``: ``asyncio.wait_for`` cancels.
-    """
+    call: Callable[[Engine], Any]
+    done: Future[Any]
 
-    def __init__(self, owner: "AsyncEngine", request_id: str, route: Route) -> None:
-        self.request_id = request_id
-        self._owner = owner
-        self._events = route.events
-        self._open_choices = set(route.open_choices)
-        self._closed = False
-
-    def __aiter__(self) -> "RequestStream":
-        return self
-
-    async def __anext__(self) -> TokenEvent:
-        if self._closed or not self._open_choices:
-            raise StopAsyncIteration
-        try:
-            event = await self._events.get()
-        except asyncio.CancelledError:
-            self._close()
-            raise
-        if event.finish_reason is not None:
-            self._open_choices.discard(event.choice)
-        return event
-
-    async def aclose(self) -> None:
-        """Abort the request unless it has ended. Safe to call twice."""
-        self._close()
-
-    async def __aenter__(self) -> "RequestStream":
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
-
-    def __del__(self) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            if self._open_choices:
-                self._owner.abort(self.request_id)
+    def do(self, engine: Engine) -> None:
+        if self.done.set_running_or_notify_cancel():
+            try:
+                self.done.set_result(self.call(engine))
+            except Exception as error:  # noqa: BLE001 (it goes to whoever waits)
+                self.done.set_exception(error)
 
 
 class AsyncEngine:
@@ -105,6 +66,7 @@ class AsyncEngine:
         self._stats = engine.stats()
         self._refusal = "the engine has not started"
         self._stopping = False
+        self._lost = False  # the device, and with it everything that is open
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -116,9 +78,15 @@ class AsyncEngine:
         self._thread.start()
 
     def submit(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, salt: str = ""
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        salt: str = "",
+        scenario: str | None = None,
     ) -> RequestStream:
-        """Queue a request; call it in the event loop that will read the stream.
+        """Queue a request; call it in the event loop that will read the stream. See ``Engine.add``.
 
         Raises before anything is queued: RequestError or ContextLengthExceeded as ``Engine.check``,
         Overloaded when the queue is full, EngineStopped while draining and after.
@@ -133,9 +101,21 @@ class AsyncEngine:
             self._refuse_overload(params.n)
             self._routes[request_id] = route
             self._num_choices += params.n
-            self._inbox.append(Order(request_id, tuple(prompt_ids), params, salt))
+            self._inbox.append(Order(request_id, tuple(prompt_ids), params, salt, scenario))
             self._lock.notify_all()
-        return RequestStream(self, request_id, route)
+        return RequestStream(self.abort, request_id, route)
+
+    def between_steps(self, work: Callable[[Engine], Result]) -> "Future[Result]":
+        """Do ``work`` on the engine's thread, after all that was submitted before and before all that comes
+        later; the steps wait for it. Its error is the future's. Raises EngineStopped.
+        """
+        done: Future[Result] = Future()
+        with self._lock:
+            if self._refusal:
+                raise EngineStopped(self._refusal)
+            self._inbox.append(Order("", work=Work(work, done)))
+            self._lock.notify_all()
+        return done
 
     def abort(self, request_id: str) -> None:
         """End a request with finish_reason "abort" before the next step; ignored if not open."""
@@ -177,6 +157,11 @@ class AsyncEngine:
         return self._thread is not None and self._thread.is_alive()
 
     @property
+    def refusal(self) -> str:
+        """Why requests are refused; empty while they are taken."""
+        return self._refusal
+
+    @property
     def num_open(self) -> int:
         """Requests whose last event has not been sent."""
         return len(self._routes)
@@ -201,10 +186,14 @@ class AsyncEngine:
                 self._publish([event for order in orders for event in self._obey(order)])
                 if self.engine.has_work():
                     self._publish(self._step())
-            self._publish([event for name in list(self._routes) for event in self.engine.abort(name)])
+            if not self._lost:
+                self._publish([event for name in list(self._routes) for event in self.engine.abort(name)])
         finally:
             with self._lock:
                 self._refusal = self._refusal or "the engine has died"
+                for order in self._inbox:
+                    if order.work is not None:
+                        order.work.done.cancel()
                 reason: FinishReason = "abort" if self._stopping else "error"
                 self._publish(
                     TokenEvent(name, choice, finish_reason=reason, error=self._refusal)
@@ -215,15 +204,20 @@ class AsyncEngine:
     def _take_orders(self) -> list[Order] | None:
         """Wait for something to do; None when it is time to end."""
         with self._lock:
-            self._lock.wait_for(lambda: self._inbox or self._stopping or self.engine.has_work())
+            self._lock.wait_for(lambda: self._inbox or self._stopping or self._lost or self.engine.has_work())
             orders, self._inbox = self._inbox, []
-            return None if self._stopping else orders
+            return None if self._stopping or self._lost else orders
 
     def _obey(self, order: Order) -> list[TokenEvent]:
+        if order.work is not None:
+            order.work.do(self.engine)
+            return []
         if order.params is None:
             return self.engine.abort(order.request_id)
         try:
-            self.engine.add(order.request_id, order.prompt_ids, order.params, salt=order.salt)
+            self.engine.add(
+                order.request_id, order.prompt_ids, order.params, salt=order.salt, scenario=order.scenario
+            )
         except Exception:  # this request only; the log has the story
             LOGGER.exception("request %s could not be added", order.request_id)
             self.engine.abort(order.request_id)
@@ -236,6 +230,9 @@ class AsyncEngine:
         except Exception as error:  # one bad batch must not end the service; the log has the story
             LOGGER.exception("a step failed")
             message = f"the engine failed on this batch: {type(error).__name__}"
+            if isinstance(error, DeviceLost):
+                message = self._refusal = str(error)
+                self._lost = True
             self._publish(self.engine.fail_running(message))
             with self._lock:
                 # A choice may have ended inside the step that failed, its last event lost with it.

@@ -4,9 +4,16 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from moe_runtime.kernels.packed import NOBODY
 from moe_runtime.scheduler import Step
 
 ALIGNMENT = 16  # bytes
+NO_SLOT, NO_POSITION = -1, -1  # of rows that pad a batch, whose mask row is NOBODY
+
+
+def no_masks(num_tokens: int) -> torch.Tensor:
+    """``Batch.mask_rows`` of tokens that may use every expert."""
+    return torch.full((num_tokens,), -1, dtype=torch.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +26,7 @@ class Batch:
     sequence_rows  int32 [T]               row of ``block_tables`` of each token, ascending
     block_tables   int32 [S, max_blocks]   blocks of each sequence in order, padded with 0
     logit_rows     int64 [R]               rows of T whose logits are wanted, ascending
+    mask_rows      int32 [T]               which row of the layers' mask tables each token obeys, -1: none
     """
 
     token_ids: torch.Tensor
@@ -27,6 +35,38 @@ class Batch:
     sequence_rows: torch.Tensor
     block_tables: torch.Tensor
     logit_rows: torch.Tensor
+    mask_rows: torch.Tensor
+
+    @classmethod
+    def of_nobody(cls, num_tokens: int, max_blocks: int) -> "Batch":
+        """A decode batch of rows that only pad. The Triton kernels write no cache for their slots, see
+        nothing from their positions and choose no expert for their mask rows; others refuse such a batch.
+        """
+        rows = torch.arange(num_tokens)
+        return cls(
+            token_ids=torch.zeros(num_tokens, dtype=torch.int64),
+            positions=torch.full((num_tokens,), NO_POSITION, dtype=torch.int32),
+            slots=torch.full((num_tokens,), NO_SLOT),
+            sequence_rows=rows.int(),
+            block_tables=torch.zeros(num_tokens, max_blocks, dtype=torch.int32),
+            logit_rows=rows,
+            mask_rows=torch.full((num_tokens,), NOBODY, dtype=torch.int32),
+        )
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every token is its sequence's only one, and all have logits."""
+        return len(self.token_ids) == len(self.block_tables) == len(self.logit_rows)
+
+    def padded(self, num_tokens: int, max_blocks: int) -> "Batch":
+        """Of a decode batch one of this size: what is new belongs to nobody."""
+        rows, blocks = self.block_tables.shape
+        larger = Batch.of_nobody(num_tokens, max_blocks)
+        for part, new in zip(self._parts(), larger._parts(), strict=True):
+            if part.dim() == 1:
+                new[:rows] = part
+        larger.block_tables[:rows, :blocks] = self.block_tables
+        return larger
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on ``device``; itself if it is there. All fields travel in one copy, for which the host
@@ -74,6 +114,7 @@ class Batch:
         slots: list[int] = []
         sequence_rows: list[int] = []
         logit_rows: list[int] = []
+        mask_rows: list[int] = []
         for row, chunk in enumerate(step.chunks):
             logit_rows.extend(
                 range(len(token_ids) + chunk.logit_start - chunk.start, len(token_ids) + len(chunk.token_ids))
@@ -83,6 +124,7 @@ class Batch:
                 positions.append(position)
                 slots.append(chunk.blocks[position // block_size] * block_size + position % block_size)
             sequence_rows.extend([row] * len(chunk.token_ids))
+            mask_rows.extend([chunk.mask_row] * len(chunk.token_ids))
         max_blocks = max(len(chunk.blocks) for chunk in step.chunks)
         tables = [[*chunk.blocks, *[0] * (max_blocks - len(chunk.blocks))] for chunk in step.chunks]
         return cls(
@@ -92,4 +134,5 @@ class Batch:
             sequence_rows=torch.tensor(sequence_rows, dtype=torch.int32),
             block_tables=torch.tensor(tables, dtype=torch.int32),
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+            mask_rows=torch.tensor(mask_rows, dtype=torch.int32),
         )

@@ -14,9 +14,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +30,7 @@ MAX_RANK = 8
 FAULT_AROUND = 2 * 1024 * 1024  # bytes the kernel may map around a touched page of a cached file
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+SHARDS_FILE = "expert_shards.json"
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,299}")
 STRAY_FILE = re.compile(r"(model-\d{5}-of-\d{5}|adapter_model)\.safetensors")
@@ -48,9 +50,16 @@ class TensorEntry:
 
 
 class Checkpoint:
-    """The tensors of a model folder. Opening reads and checks all headers, no weights."""
+    """The tensors of a model folder. Opening reads and checks all headers, no weights.
+
+    ``sparse``, set before the first ``read``: the tensors that are read lie among many that are not, so the
+    system must not read ahead from one into the next.
+    ``left_out``: names, without their last part, of tensors in shards of experts that are not in the folder,
+    and the file of each.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self.sparse = False
         self.entries: dict[str, TensorEntry] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self._lock = threading.Lock()
@@ -60,8 +69,12 @@ class Checkpoint:
                 other = self.entries.setdefault(entry.name, entry)
                 if other is not entry:
                     raise CheckpointError(f"also in {other.path.name}", file=path.name, tensor=entry.name)
+        here = {path.name for path in files}
+        self.left_out: dict[str, str] = {}
         if index is not None:
-            self._compare_with_index(index)
+            gone = {name: file for name, file in index.items() if file not in here}
+            self.left_out = {name.rpartition(".")[0]: file for name, file in gone.items()}
+            self._compare_with_index({name: file for name, file in index.items() if file in here})
 
     def _compare_with_index(self, index: dict[str, str]) -> None:
         for name, file in index.items():
@@ -86,6 +99,9 @@ class Checkpoint:
     def read(self, entry: TensorEntry) -> torch.Tensor:
         """A view of the mapped file in the stored dtype and shape; valid as long as anybody holds it."""
         mapped = self._map(entry.path)
+        if self.sparse:
+            first = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_WILLNEED, first, entry.start + entry.num_bytes - first)
         dtype = DTYPES[entry.dtype]
         if entry.start % dtype.itemsize:  # legal, if unusual
             raw = torch.frombuffer(mapped, dtype=torch.uint8, count=entry.num_bytes, offset=entry.start)
@@ -101,7 +117,7 @@ class Checkpoint:
                     # Copy-on-write, which torch wants and nobody uses: private pages are only made by
                     # writing.
                     mapped = self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-                mapped.madvise(mmap.MADV_SEQUENTIAL)
+                mapped.madvise(mmap.MADV_RANDOM if self.sparse else mmap.MADV_SEQUENTIAL)
             return mapped
 
     def drop(self, entry: TensorEntry) -> None:
@@ -133,7 +149,7 @@ def list_weight_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def open_regular(path: Path) -> Iterator[BinaryIO]:
+def open_regular(path: Path) -> Iterator[BufferedReader]:
     """``path`` for reading. Raises OSError, and CheckpointError for what is no file."""
     with open(path, "rb", opener=_open_at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -168,7 +184,9 @@ def _list_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
                     file=INDEX_FILE,
                     tensor=ascii(name[:80])[1:-1],
                 )
-        files = [folder / file for file in sorted(set(weight_map.values()))]
+        removable = _shard_files(folder)
+        names = sorted(set(weight_map.values()))
+        files = [folder / name for name in names if name not in removable or (folder / name).exists()]
         _refuse_strays(folder, files)
         return files, weight_map
     found = sorted(folder.glob("*.safetensors"))
@@ -188,6 +206,19 @@ def _list_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             file=pickles[0],
         )
     raise CheckpointError(f"no {SINGLE_FILE} and no {INDEX_FILE}", file=folder.name)
+
+
+def _shard_files(folder: Path) -> set[str]:
+    """Files of experts that may be missing: a model that `moe-experts shard` wrote runs without those that
+    its scenarios do not use.
+    """
+    if not (folder / SHARDS_FILE).exists():
+        return set()
+    body: Any = read_json(folder / SHARDS_FILE).get("body")
+    try:
+        return {str(shard["file"]) for shard in body["shards"].values() if shard["experts"]}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"not a list of shards: {error}", file=SHARDS_FILE) from error
 
 
 def _refuse_strays(folder: Path, files: list[Path]) -> None:

@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from moe_runtime.errors import ConfigError
@@ -29,11 +29,13 @@ BYTE_SUFFIXES: Mapping[str, int] = types.MappingProxyType(
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser, options: type[Any]) -> None:
-    """Add one flag per field of the dataclass ``options`` that has help text."""
+def add_arguments(
+    parser: argparse.ArgumentParser, options: type[Any], only: Collection[str] | None = None
+) -> None:
+    """Add one flag per field of the dataclass ``options`` that has help text; of ``only`` those, if given."""
     hints = get_type_hints(options)
     for field in dataclasses.fields(options):
-        if "help" not in field.metadata:
+        if "help" not in field.metadata or (only is not None and field.name not in only):
             continue
         default = "" if field.default in (None, "") else f" (default: {_show(field)})"
         settings: dict[str, Any] = {

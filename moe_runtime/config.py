@@ -52,6 +52,23 @@ class EngineConfig:
     backend: Literal["auto", "cpu", "reference", "triton"] = option(
         "auto", "kernels to compute with; reference is literal torch, slow; triton is what auto is on a GPU"
     )
+    device_bytes: int | None = option(
+        None,
+        "the GPU's memory for experts; what does not fit is computed on the CPU (default: what is free after "
+        "the cache and the other weights)",
+        unit="bytes",
+    )
+    require_placement: bool = option(
+        False, "refuse to start when experts do not fit the GPU, instead of computing them on the CPU"
+    )
+    graphs: bool = option(
+        True, "on a GPU, capture decode steps at start and replay them; takes some of its memory"
+    )
+    autotune_dir: Path | None = option(
+        None,
+        "private folder of tile sizes measured on this GPU; what it lacks for this model is measured at "
+        "start, which takes minutes, once. Changes the speed, never an answer",
+    )
     threads: int | None = option(None, "threads of the kernels (default: the CPUs this process may use)")
     quantize: str = option(
         "none",
@@ -82,6 +99,8 @@ class EngineConfig:
         if self.max_quant_kl is not None and not self.max_quant_kl > 0:
             raise ConfigError(f"--max-quant-kl {self.max_quant_kl}: must be above 0")
         check_positive(self, "block_size", "num_blocks", "threads")
+        if self.device_bytes is not None and self.device_bytes < 0:
+            raise ConfigError(f"--device-bytes {self.device_bytes}: must not be negative")
         if self.block_size & (self.block_size - 1):
             raise ConfigError(f"--block-size {self.block_size}: must be a power of two")
         if self.kv_dtype not in ("auto", "bfloat16", "float32", "int8"):
@@ -98,17 +117,14 @@ def check_device(config: EngineConfig) -> None:
     """Refuse what cannot be computed together."""
     if config.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {config.device!r}: must be auto, cpu or cuda")
+    if config.device == "cpu" and config.backend != "triton" and config.device_bytes is not None:
+        raise ConfigError("--device-bytes with --device cpu: there is no GPU to divide; use --device cuda")
+    if config.device == "cpu" and config.autotune_dir is not None:
+        raise ConfigError("--autotune-dir with --device cpu: there is no GPU to measure; use --device cuda")
     if config.device == "cuda" and config.backend in ("cpu", "reference"):
         raise ConfigError(
             f"--device cuda with --backend {config.backend}, which computes on the CPU: "
             "use --backend auto, or --device cpu"
-        )
-    may_use_triton = config.backend == "triton" or (config.device != "cpu" and config.backend == "auto")
-    if may_use_triton and config.kv_dtype == "int8":
-        asked = "--backend triton" if config.backend == "triton" else f"--device {config.device}"
-        raise ConfigError(
-            f"{asked} with --kv-dtype int8: the GPU's kernels do not read int8 rows; "
-            "use --kv-dtype auto, bfloat16 or float32, or --device cpu --backend auto"
         )
 
 

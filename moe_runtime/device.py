@@ -1,7 +1,7 @@
 """Where a model computes: --device becomes a torch.device, or a sentence that says why it cannot.
 
-Nothing here runs a kernel. What is asked of the driver is asked once, at start, and what goes wrong there is
-told as a ConfigError.
+Nothing here runs a kernel. What the driver refuses at start is told as a ConfigError, and what it refuses for
+ever after as DeviceLost.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_runtime.errors import ConfigError
+from moe_runtime.errors import ConfigError, DeviceLost
 from moe_runtime.kernels import triton_is_interpreted
 
 CPU = torch.device("cpu")
@@ -68,11 +68,48 @@ def told_as_config_errors(device: torch.device) -> Iterator[None]:
             f"--device {device.type}: {device} has too little memory for the model and its cache "
             f"({_first_line(error)}); lower --cache-bytes, use --quantize int8 or int4, or --device cpu"
         ) from error
-    except torch.AcceleratorError as error:
+    except RuntimeError as error:
+        if not _is_drivers(error):
+            raise
         raise ConfigError(
             f"--device {device.type}: {device} failed while the model was loaded ({_first_line(error)}); "
             "look at nvidia-smi or rocm-smi, or use --device cpu"
         ) from error
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of a GPU's memory, what the driver would give this process now."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free)
+
+
+@contextlib.contextmanager
+def told_when_lost(device: torch.device) -> Iterator[None]:
+    """Around a step: DeviceLost instead of an error after which the device computes nothing more.
+
+    Most errors of a driver are of that kind: they belong to the process, and every later call repeats them.
+    Any other error passes, so that it fails its batch alone. Nothing that was computed before is wrong: no
+    token is read without waiting for the device, which raises.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if device.type == "cpu" or isinstance(error, torch.OutOfMemoryError):
+            raise
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as repeated:
+            raise DeviceLost(
+                f"{device} has failed ({_first_line(error)}) and computes no more in this process "
+                f"({_first_line(repeated)}); look at nvidia-smi or rocm-smi if it happens again"
+            ) from error
+        raise
+
+
+def _is_drivers(error: RuntimeError) -> bool:
+    """Whether the GPU's driver says so, through torch or through triton."""
+    told = ("CUDA error", "CUDA driver error", "HIP error", "Triton Error")
+    return isinstance(error, torch.AcceleratorError) or str(error).startswith(told)
 
 
 def _find_gpu() -> tuple[torch.device, str]:

@@ -1,37 +1,38 @@
 """Engine: token ids in, events out. One step at a time, on one thread; knows no HTTP and no asyncio."""
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_runtime import kernels, loader
+from moe_runtime.admission import check_request
 from moe_runtime.batch import Batch
 from moe_runtime.chat import ChatTemplate
 from moe_runtime.config import EngineConfig
-from moe_runtime.device import choose_device, told_as_config_errors
-from moe_runtime.engine_setup import CacheSize, check_vocabulary, default_params, end_ids, plan_cache
-from moe_runtime.errors import ContextLengthExceeded, RequestError, RequestFailed
-from moe_runtime.generation import Generation, Sampled, rows_of
+from moe_runtime.device import told_as_config_errors, told_when_lost
+from moe_runtime.device_sampling import Sampler, sample_on_device
+from moe_runtime.engine_load import load_parts
+from moe_runtime.engine_setup import CacheSize, end_ids, plan_cache
+from moe_runtime.errors import RequestError, RequestFailed
+from moe_runtime.generation import Generation, Sampled, sample_on_host, token_ids_of
+from moe_runtime.graphs import choose_steps
+from moe_runtime.kernels import RouteMeter
 from moe_runtime.kv_cache import BlockPool
+from moe_runtime.live_experts import LiveExperts
+from moe_runtime.lost_mass import LostMass
+from moe_runtime.masks import NO_MASK, MaskTable
 from moe_runtime.output import Completion, EngineStats, TokenEvent, TokenLogprob, TopLogprob
-from moe_runtime.packed_store import PackedStore
-from moe_runtime.quant.quality import Gate
-from moe_runtime.quant.recipe import Recipe
-from moe_runtime.quant.statistics import load_moments
-from moe_runtime.sampling import Chooser, Logits, SamplingParams, draw_seed
-from moe_runtime.scheduler import Chunk, Scheduler, Step
+from moe_runtime.placement import Hotness, Placement
+from moe_runtime.sampling import Chooser, SamplingParams, draw_seed
+from moe_runtime.scheduler import Scheduler, Step
 from moe_runtime.sequence import Sequence as QueuedSequence
 from moe_runtime.tokenizer import Tokenizer
 
 __all__ = ["Completion", "Engine", "EngineStats", "TokenEvent", "TokenLogprob", "TopLogprob"]
 
-LOGGER = logging.getLogger(__name__)
 MAX_LOGIT_VALUES = 1 << 26  # logits held at once: 256 MiB of float32
 
 
@@ -54,8 +55,11 @@ class Engine:
         chat: ChatTemplate | None = None,
         params: SamplingParams | None = None,
         chooser: Chooser | None = None,
+        sampler: Sampler | None = None,
+        live: LiveExperts | None = None,
     ) -> None:
-        """Allocates the cache. ``chooser`` draws the tokens, see ``sampling.sample``.
+        """Allocates the cache. ``chooser`` draws the tokens, see ``sampling.sample``, unless there is a
+        ``sampler`` that chooses them where the logits are, see device_sampling.py.
 
         Raises ConfigError when ``config`` asks for what cannot be.
         """
@@ -64,16 +68,22 @@ class Engine:
         self.chat = chat
         self.config = config
         self.default_params = params or SamplingParams()
-        self._chooser = chooser
+        self._chooser, self._sampler = chooser, sampler
         self.cache_size: CacheSize = plan_cache(model, config)
         self.max_context = self.cache_size.max_context
         self._cache = model.new_cache(self.cache_size.num_blocks, config.block_size, config.kv_dtype)
         self._end_ids = end_ids(model.config, tokenizer)
+        self.masks, self.live = MaskTable(model), live
+        self._lost_mass = LostMass(model, self.cache_size.num_blocks, config.block_size)
+        max_logit_rows = max(1, config.max_running, MAX_LOGIT_VALUES // model.config.vocab_size)
         self._scheduler = Scheduler(
             BlockPool(self.cache_size.num_blocks, config.block_size, prefix_caching=config.prefix_caching),
             max_batch_tokens=config.max_batch_tokens,
             max_running=config.max_running,
-            max_logit_rows=max(1, config.max_running, MAX_LOGIT_VALUES // model.config.vocab_size),
+            max_logit_rows=max_logit_rows,
+        )
+        self._steps = choose_steps(
+            model, self._cache, config, max_context=self.max_context, max_logit_rows=max_logit_rows
         )
         self._open: dict[int, Generation] = {}  # by sequence id
         self._requests: dict[str, list[int]] = {}  # sequence ids of each open request
@@ -81,82 +91,69 @@ class Engine:
         self._counts: Counter[str] = Counter()
 
     @classmethod
-    def load(cls, model_dir: Path, config: EngineConfig) -> "Engine":
-        """Read everything a model folder holds. Raises CheckpointError or ConfigError.
+    def load(
+        cls,
+        model_dir: Path,
+        config: EngineConfig,
+        *,
+        placement: Placement | None = None,
+        hotness: Hotness | None = None,
+        live: bool = False,
+    ) -> "Engine":
+        """Read everything a model folder holds. Raises CheckpointError, ConfigError or PlanError.
 
-        On the cpu backend torch is left with one thread: ours do the work, torch's would spin beside them.
+        ``placement``: where experts are to be, and which are left out; None for all of them where the rest
+        computes. ``hotness`` says which ones stay on a GPU that cannot hold all. See expert_room.py. With
+        ``live`` they can come and go later, by the attribute ``live``.
         """
-        tokenizer = Tokenizer.load(model_dir)
-        # Before the weights: they take minutes. Their dtype does not matter here.
-        _, model_config = loader.read_model_config(model_dir, "float32")
-        check_vocabulary(tokenizer, model_config.vocab_size)
-        chat = ChatTemplate.load(model_dir, tokenizer)
-        params = default_params(model_dir)
-        if config.threads is not None:
-            kernels.set_num_threads(config.threads)
-            torch.set_num_threads(config.threads)
-        place = choose_device(config.device, config.backend)
-        LOGGER.info(place.reason)
-        chosen, recipe = kernels.choose(config.backend, device=place.device), Recipe.of(config)
-        if config.quantize_statistics is not None:
-            recipe = replace(recipe, moments=load_moments(config.quantize_statistics, model_dir))
-        store = None
-        if config.packed_file and chosen.backend == "cpu":
-            store = PackedStore(model_dir, recipe, config.packed_dir, config.packed_verify)
-        gate = Gate.choose(config.max_quant_kl, recipe, model_config, model_dir, tokenizer)
-        with told_as_config_errors(chosen.device):
-            model = loader.load_model(model_dir, chosen, recipe, store, gate)
-            if chosen.backend == "cpu":
-                torch.set_num_threads(1)
-            return cls(model, tokenizer, config, chat=chat, params=params, chooser=chosen.choose_token)
+        parts = load_parts(model_dir, config, placement, hotness, live=live)
+        told: dict[str, Any] = {
+            "chat": parts.chat,
+            "params": parts.params,
+            "chooser": parts.chooser,
+            "sampler": parts.sampler,
+        }
+        with told_as_config_errors(parts.model.device):
+            return cls(parts.model, parts.tokenizer, config, live=parts.live, **told)
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError or ContextLengthExceeded for a request that must not be admitted."""
-        vocab_size = self.model.config.vocab_size
-        if not prompt_ids:
-            raise RequestError("the prompt is empty; it needs at least one token", param="prompt")
-        if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
-            raise RequestError(f"prompt token ids must be from 0 to {vocab_size - 1}", param="prompt")
-        room = self.max_context - len(prompt_ids)
-        if room < (0 if params.max_tokens == 0 else 1):
-            raise ContextLengthExceeded(
-                f"the prompt has {len(prompt_ids)} tokens and the context is {self.max_context} tokens, "
-                "which must hold at least one more; shorten it or raise --max-context",
-                param="prompt",
-            )
-        if params.max_tokens is not None and params.max_tokens > room:
-            raise ContextLengthExceeded(
-                f"the prompt has {len(prompt_ids)} tokens and max_tokens is {params.max_tokens}, "
-                f"together more than the context of {self.max_context}; lower max_tokens to {room} or less",
-                param="max_tokens",
-            )
-        if params.min_tokens > room:
-            raise RequestError(f"min_tokens must be at most {room} for this prompt", param="min_tokens")
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            if any(not 0 <= token_id < vocab_size for token_id in ids):
-                raise RequestError(f"{name} has token ids beyond 0 to {vocab_size - 1}", param=name)
+        check_request(prompt_ids, params, self.model.config.vocab_size, self.max_context)
 
     def add(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, salt: str = ""
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        salt: str = "",
+        scenario: str | None = None,
     ) -> None:
-        """Queue a request of ``params.n`` choices. Raises RequestError as ``check``, or for an id in use.
+        """Queue a request of ``params.n`` choices, which use the experts of ``scenario`` (``masks``) alone.
 
-        Cached prefixes are shared only between requests of equal ``salt``.
+        Raises RequestError as ``check``, or for an id in use; ModelNotFound for an unknown scenario. Cached
+        prefixes are shared only between requests of equal ``salt`` and mask.
         """
         self.check(prompt_ids, params)
         if request_id in self._requests:
             raise RequestError(f"request id {request_id!r} is in use", param="request_id")
+        grant = self.masks.grant(scenario)
         seed = draw_seed() if params.seed is None else params.seed
         room = self.max_context - len(prompt_ids)
         max_total = len(prompt_ids) + (room if params.max_tokens is None else params.max_tokens)
-        self._requests[request_id] = []
         for choice in range(params.n):
             wants_prompt = params.prompt_logprobs is not None and choice == 0
             sequence = QueuedSequence(
-                next(self._next_id), list(prompt_ids), max_total, salt, logits_from=0 if wants_prompt else -1
+                next(self._next_id),
+                list(prompt_ids),
+                max_total,
+                grant.salt + salt,
+                logits_from=0 if wants_prompt else -1,
+                mask_row=grant.row,
             )
             self._scheduler.add(sequence)
-            self._requests[request_id].append(sequence.sequence_id)
+            self.masks.use(grant.row)
+            self._requests.setdefault(request_id, []).append(sequence.sequence_id)
             self._open[sequence.sequence_id] = Generation(
                 request_id, choice, sequence, params, seed, self.tokenizer, self._end_ids, self._chooser
             )
@@ -170,10 +167,13 @@ class Engine:
         step = self._scheduler.schedule()
         if not step.chunks:
             return []
-        logits = self._compute(step)
-        sampled, failed = self._sample(step, logits)
-        self._scheduler.update(step, _token_ids(sampled))
-        return self._fail(failed) + self._advance(sampled)
+        with told_when_lost(self.model.device):
+            logits, meter = self._compute(step)
+            sampled, failed = self._sample(step, logits)
+            self._measure(step, meter)
+        refused = self._mind_drift(sampled)
+        self._scheduler.update(step, token_ids_of(sampled))
+        return refused + self._fail(failed) + self._advance(sampled)
 
     def has_work(self) -> bool:
         return bool(self._open)
@@ -204,6 +204,7 @@ class Engine:
             preemptions=self._scheduler.num_preemptions,
             prefix_query_tokens=self._scheduler.prefix_query_tokens,
             prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
+            outside_mask=self._lost_mass.num_outside,
             **self._counts,
         )
 
@@ -224,31 +225,53 @@ class Engine:
             for name in names:
                 self.abort(name)
             raise
-        return [[_completion(events[name, choice]) for choice in range(params.n)] for name in names]
+        return [[Completion.of(events[name, choice]) for choice in range(params.n)] for name in names]
 
-    def _compute(self, step: Step) -> Logits:
+    def _compute(self, step: Step) -> tuple[torch.Tensor, RouteMeter | None]:
+        """The step's logits [R, V], which the device may still be busy with, and what its masks did."""
         batch = Batch.build(step, self.config.block_size)
-        logits: Logits = self.model.forward(batch, self._cache).numpy(force=True)
+        meter = self._lost_mass.start(step)
+        logits = self._steps.forward(batch, meter)
         self._counts["steps"] += 1
         self._counts["computed_tokens"] += step.num_tokens
-        return logits
+        return logits, meter
 
-    def _sample(self, step: Step, logits: Logits) -> tuple[dict[int, Sampled], dict[int, str]]:
+    def _sample(self, step: Step, logits: torch.Tensor) -> tuple[dict[int, Sampled], dict[int, str]]:
         """By sequence id: what was sampled where a token was due, and what failed alone."""
-        sampled: dict[int, Sampled] = {}
-        failed: dict[int, str] = {}
-        for chunk, rows in zip(step.chunks, rows_of(step.chunks, logits), strict=True):
-            try:
-                outcome = self._look(chunk, rows)
-            except RequestFailed as error:
-                failed[chunk.sequence_id] = str(error)
-            else:
-                if outcome is not None:
-                    sampled[chunk.sequence_id] = outcome
+        if self._sampler is None:
+            outcomes = sample_on_host(step.chunks, logits.numpy(force=True), self._open)
+        else:
+            outcomes = sample_on_device(step.chunks, logits, self._open, self._sampler)
+        told = list(zip((chunk.sequence_id for chunk in step.chunks), outcomes, strict=True))
+        sampled = {key: outcome for key, outcome in told if isinstance(outcome, Sampled)}
+        failed = {key: str(outcome) for key, outcome in told if isinstance(outcome, RequestFailed)}
         return sampled, failed
 
-    def _look(self, chunk: Chunk, rows: Logits) -> Sampled | None:
-        return self._open[chunk.sequence_id].look(chunk, rows) if len(rows) else None
+    def _measure(self, step: Step, meter: RouteMeter | None) -> None:
+        """What masks and missing experts did in ``step``: read when its tokens are here, to wait but once."""
+        self.masks.absent.check_step()
+        self._lost_mass.read(step, meter, {key: each.sequence for key, each in self._open.items()})
+
+    def _mind_drift(self, sampled: dict[int, Sampled]) -> list[TokenEvent]:
+        """What the scenarios' policies do with the prompts that are read now: the last events of those that
+        are refused. Whoever may not go on loses its place in ``sampled``.
+        """
+        refused = []
+        for sequence_id in list(sampled):
+            generation = self._open[sequence_id]
+            verdict = self.masks.judge(generation.sequence)
+            if verdict is None:
+                continue
+            generation.sequence.drift = verdict.action
+            if verdict.action != "flag":
+                del sampled[sequence_id]
+            if verdict.action == "reject":
+                refused.append(self._close(sequence_id, generation.end("drift", verdict.message)))
+            elif verdict.action == "fallback":
+                self.masks.release(generation.sequence.mask_row)
+                self._scheduler.start_over(sequence_id, verdict.salt, NO_MASK)
+                generation.start_over()
+        return refused
 
     def _advance(self, sampled: dict[int, Sampled]) -> list[TokenEvent]:
         events = []
@@ -267,31 +290,10 @@ class Engine:
     def _close(self, sequence_id: int, event: TokenEvent) -> TokenEvent:
         """Forget a choice that has ended and give its blocks back."""
         self._scheduler.remove(sequence_id, trusted=event.finish_reason != "error")
-        del self._open[sequence_id]
+        self.masks.release(self._open.pop(sequence_id).sequence.mask_row)
         remaining = self._requests[event.request_id]
         remaining.remove(sequence_id)
         if not remaining:
             del self._requests[event.request_id]
         self._counts[f"finished_{event.finish_reason}"] += 1
         return event
-
-
-def _token_ids(sampled: dict[int, Sampled]) -> dict[int, int]:
-    return {key: outcome.token_id for key, outcome in sampled.items() if outcome.token_id is not None}
-
-
-def _completion(events: Sequence[TokenEvent]) -> Completion:
-    first, last = events[0], events[-1]
-    logprobs = [logprob for event in events for logprob in event.logprobs or ()]
-    return Completion(
-        choice=last.choice,
-        text="".join(event.text for event in events),
-        token_ids=tuple(token_id for event in events for token_id in event.token_ids),
-        logprobs=tuple(logprobs) if any(event.logprobs is not None for event in events) else None,
-        finish_reason=last.finish_reason or "error",
-        stop_reason=last.stop_reason,
-        error=last.error,
-        num_prompt_tokens=last.num_prompt_tokens,
-        num_cached_tokens=last.num_cached_tokens,
-        prompt_logprobs=first.prompt_logprobs,
-    )

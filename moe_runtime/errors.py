@@ -3,13 +3,17 @@
     MoeRuntimeError
     |-- ConfigError              a flag or option is wrong, before anything is loaded
     |-- CheckpointError          the model folder cannot be served as it is; names file and tensor
+    |-- PlanError                a plan, mask, statistics file or certificate cannot be used as it is
     |-- KernelError              a kernel was called with tensors it cannot take (our bug, or a wrong backend)
     |   `-- IsaUnavailable       MOE_FORCE_ISA asks for instructions this machine lacks
     |-- RequestError             this one request is wrong; nothing else is affected
     |   |-- ContextLengthExceeded
-    |   `-- ModelNotFound
+    |   |-- ModelNotFound
+    |   `-- OutsideScenario      the prompt is not what its scenario was made for, whose policy refuses it
     |-- Overloaded               the queue is full; try again later
+    |-- ScenarioUnavailable      the scenario is being added or taken away; try again later
     |-- RequestFailed            admitted, then failed alone (non-finite logits)
+    |-- DeviceLost               the GPU's driver has failed for good; only a new process can use it again
     `-- EngineStopped            the engine is draining or has died
 
 A message says what failed, the value, the limit, and the knob that moves it.
@@ -32,6 +36,10 @@ class CheckpointError(MoeRuntimeError):
         super().__init__(f"{where}: {message}" if where else message)
         self.file = file
         self.tensor = tensor
+
+
+class PlanError(MoeRuntimeError):
+    """For example a mask that keeps 4 experts of a layer where each token takes 8."""
 
 
 class KernelError(MoeRuntimeError):
@@ -65,6 +73,13 @@ class ModelNotFound(RequestError):
         super().__init__(message, param="model", code="model_not_found")
 
 
+class OutsideScenario(RequestError):
+    """For example a question about wealth products, asked to the scenario credit with a policy "reject"."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="model", code="outside_scenario")
+
+
 class Overloaded(MoeRuntimeError):
     """For example the 513th waiting request at ``--max-queue 512``. ``retry_after`` is in seconds."""
 
@@ -73,8 +88,20 @@ class Overloaded(MoeRuntimeError):
         self.retry_after = retry_after
 
 
+class ScenarioUnavailable(MoeRuntimeError):
+    """For example a request for a scenario whose experts are just leaving. ``retry_after`` is in seconds."""
+
+    def __init__(self, message: str, *, retry_after: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class RequestFailed(MoeRuntimeError):
     """For example a row of logits that holds NaN: this request ends, its neighbours go on."""
+
+
+class DeviceLost(MoeRuntimeError):
+    """For example an illegal memory access: from then on every call of the driver fails."""
 
 
 class EngineStopped(MoeRuntimeError):

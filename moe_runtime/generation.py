@@ -1,10 +1,11 @@
 """Generation: one choice of one request, from admission to its last event. Knows no batch and no model."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
 from moe_runtime.detokenizer import StopStrings, detokenizer_for
+from moe_runtime.errors import RequestFailed
 from moe_runtime.output import FinishReason, TokenEvent, TokenLogprob, TopLogprob
 from moe_runtime.sampling import (
     Chooser,
@@ -27,6 +28,20 @@ class Sampled:
 
     token_id: int | None
     logprob: TokenLogprob | None = None
+
+
+# What a chunk's logits came to: None while no token is due, RequestFailed (not raised) when it failed alone.
+Outcome = Sampled | RequestFailed | None
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """All that decides the next token beside its logits; see ``sampling.sample``."""
+
+    params: SamplingParams
+    history: History
+    seed: int
+    choice: int
 
 
 class Generation:
@@ -57,7 +72,11 @@ class Generation:
         may_end = self._end_ids.union(params.stop_token_ids)
         self._history = History(params, sequence.prompt_ids, may_end)
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
-        if params.prompt_logprobs is not None and choice == 0:
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Know nothing of the prompt's logits; for a sequence that has no token of its own yet."""
+        if self._params.prompt_logprobs is not None and self.choice == 0:
             self._prompt_logprobs = [None]
 
     def look(self, chunk: Chunk, logits: Logits) -> Sampled | None:
@@ -76,6 +95,16 @@ class Generation:
         if self._params.logprobs is None:
             return Sampled(token_id)
         return Sampled(token_id, self._logprob(row, token_id, self._params.logprobs))
+
+    def draw(self, chunk: Chunk) -> Draw | None:
+        """By what to choose a token from the chunk's last row; None unless ``look`` would do no more."""
+        if not chunk.samples or self._prompt_logprobs is not None or self._max_tokens == 0:
+            return None
+        return Draw(self._params, self._history, self._seed, self.choice)
+
+    def sampled(self, token_id: int, logprob: float, likeliest: Iterable[tuple[int, float]]) -> Sampled:
+        """A token that was chosen by ``draw`` elsewhere, with the numbers of its TokenLogprob."""
+        return Sampled(token_id, self._told(token_id, logprob, likeliest))
 
     def advance(self, sampled: Sampled) -> TokenEvent:
         """The event of one sampled token, whether or not it is the last."""
@@ -108,10 +137,12 @@ class Generation:
 
     def _logprob(self, row: Logits, token_id: int, count: int) -> TokenLogprob:
         logprobs = log_softmax(row)
-        best = best_tokens(logprobs, count)
-        top = tuple(TopLogprob(i, *self._tokenizer.piece(i), logprob=float(logprobs[i])) for i in best)
-        text, data = self._tokenizer.piece(token_id)
-        return TokenLogprob(token_id, text, data, float(logprobs[token_id]), top)
+        best = ((i, float(logprobs[i])) for i in best_tokens(logprobs, count))
+        return self._told(token_id, float(logprobs[token_id]), best)
+
+    def _told(self, token_id: int, logprob: float, likeliest: Iterable[tuple[int, float]]) -> TokenLogprob:
+        top = tuple(TopLogprob(i, *self._tokenizer.piece(i), logprob=value) for i, value in likeliest)
+        return TokenLogprob(token_id, *self._tokenizer.piece(token_id), logprob, top)
 
     def _read(self, token_id: int) -> tuple[FinishReason | None, str | int | None, str]:
         """(finish reason, stop reason, text to show) once ``token_id`` has been appended."""
@@ -159,11 +190,34 @@ class Generation:
             error=error,
             num_prompt_tokens=self.sequence.num_prompt,
             num_cached_tokens=self.sequence.num_cached,
+            lost_mass=self.sequence.lost_mass,
+            drift=self.sequence.drift,
             prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
         )
 
 
-def rows_of(chunks: tuple[Chunk, ...], logits: Logits) -> list[Logits]:
-    """``logits`` (R, V) of a whole step, split into each chunk's own rows."""
+def token_ids_of(sampled: Mapping[int, Sampled]) -> dict[int, int]:
+    """The tokens among the outcomes, under the same keys."""
+    return {key: outcome.token_id for key, outcome in sampled.items() if outcome.token_id is not None}
+
+
+def rows_of(chunks: tuple[Chunk, ...]) -> list[slice]:
+    """Which rows of a step's logits are each chunk's own."""
     ends = list(accumulate(chunk.end - chunk.logit_start for chunk in chunks))
-    return [logits[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def look_at(generation: Generation, chunk: Chunk, logits: Logits) -> Outcome:
+    """As ``Generation.look``, of perhaps no rows."""
+    try:
+        return generation.look(chunk, logits) if len(logits) else None
+    except RequestFailed as error:
+        return error
+
+
+def sample_on_host(
+    chunks: tuple[Chunk, ...], logits: Logits, generations: Mapping[int, Generation]
+) -> list[Outcome]:
+    """The outcome of each chunk of a step with ``logits`` (R, V); ``generations`` by sequence id."""
+    parts = zip(chunks, rows_of(chunks), strict=True)
+    return [look_at(generations[chunk.sequence_id], chunk, logits[rows]) for chunk, rows in parts]

@@ -4,6 +4,7 @@ dtype.
 ``models/<model_type>.py`` reads what is its own and calls these for the rest. Bounds are stated here once.
 """
 
+from dataclasses import replace
 from typing import Literal, cast
 
 from moe_runtime.hf_config import Fields
@@ -22,6 +23,7 @@ from moe_runtime.model_config import (
     RopeConfig,
 )
 
+EXPERTS_PER_LAYER = "num_experts_per_layer"
 GATED = "only SiLU-gated MLPs are implemented"
 
 
@@ -76,6 +78,7 @@ def read_model(
         fp8=fp8,
         int4=int4,
         num_extra_layers=num_extra_layers,
+        num_experts_per_layer=read_experts_per_layer(fields, moe, moe_layers),
         bos_token_id=fields.optional_integer("bos_token_id", 0, vocab_size - 1),
         eos_token_ids=fields.integers("eos_token_id", 0, vocab_size - 1),
     )
@@ -206,6 +209,22 @@ def read_experts(fields: Fields, keys: str) -> tuple[int, int]:
     """(number of experts, experts per token)."""
     num_experts = fields.integer(keys, 1, MAX_EXPERTS)
     return num_experts, fields.integer("num_experts_per_tok", 1, min(MAX_TOP_K, num_experts))
+
+
+def read_experts_per_layer(fields: Fields, moe: MoeConfig, moe_layers: tuple[bool, ...]) -> tuple[int, ...]:
+    """What ``moe-experts export`` writes for layers of unequal size; other programs do not know the field."""
+    counts = fields.integers(EXPERTS_PER_LAYER, 0, MAX_EXPERTS)
+    if not counts:
+        return ()
+    if tuple(count > 0 for count in counts) != moe_layers:
+        raise fields.error(EXPERTS_PER_LAYER, "expected a number for each layer, 0 for the dense ones alone")
+    if max(counts) != moe.num_experts:
+        raise fields.error(
+            EXPERTS_PER_LAYER, f"its largest number must be the number of experts, {moe.num_experts}"
+        )
+    for count in sorted({*counts} - {0}):
+        check_moe(fields, replace(moe, num_experts=count))
+    return counts
 
 
 def read_groups(fields: Fields, default: int | None = None) -> tuple[int, int]:

@@ -6,7 +6,7 @@ Peak memory is the weights plus the matrices under way: at most one per thread o
 
 import re
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +16,9 @@ import torch
 import moe_runtime._C as _C
 from moe_runtime.checkpoint import Checkpoint, TensorEntry
 from moe_runtime.errors import CheckpointError
+from moe_runtime.expert_room import ExpertRoom
 from moe_runtime.hf_config import Fields, read_json
-from moe_runtime.kernels import Kernels
+from moe_runtime.kernels import Kernels, choose
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.layers.slots import Slot
 from moe_runtime.model_config import ModelConfig
@@ -25,7 +26,7 @@ from moe_runtime.models import Architecture, find_architecture
 from moe_runtime.packed_file import PackedFile, PackedFileError
 from moe_runtime.packed_model import is_packed, restore, stored_dtype
 from moe_runtime.packed_store import PackedStore
-from moe_runtime.quant.fp8 import SCALE_SUFFIX, Fp8Weight
+from moe_runtime.quant.fp8 import SCALE_SUFFIX, Fp8Weight, keep_codes
 from moe_runtime.quant.int4 import Int4Weight, find_int4
 from moe_runtime.quant.plain import PlainWeight, refuse
 from moe_runtime.quant.quality import Gate
@@ -46,19 +47,23 @@ def load_model(
     recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
     store: PackedStore | None = None,
     gate: Gate | None = None,
+    room: ExpertRoom | None = None,
 ) -> Decoder:
     """The model in ``model_dir``, ready for ``forward``, in the formats of ``recipe``; with a ``store``, from
-    the packed file of an earlier start, or into one for the next; with a ``gate``, only if it lets it pass.
+    the packed file of an earlier start, or into one for the next; with a ``gate``, only if it lets it pass;
+    its experts where the ``room`` is.
 
-    Raises CheckpointError naming file and tensor.
+    Raises CheckpointError naming file and tensor; PlanError and ConfigError as the room does.
     """
     require_model_folder(model_dir)
     packed = None if store is None else store.open()
     known = None if gate is None or store is None else store.read_finding()
     if gate is not None:
-        gate.prepare(known, lambda: _pack(model_dir, kernels, Recipe()))
-    restored = None if store is None or packed is None else _restore(model_dir, kernels, store, packed)
-    model = restored or _pack(model_dir, kernels, recipe)
+        gate.prepare(known, lambda: _pack(model_dir, kernels, Recipe(), room))
+    restored = None
+    if store is not None and packed is not None:
+        restored = _restore(model_dir, kernels, store, packed, room)
+    model = restored or _pack(model_dir, kernels, recipe, room)
     if gate is not None:
         found = gate.measure(model)
         if store is not None and found != known:
@@ -69,21 +74,27 @@ def load_model(
     return model
 
 
-def _pack(model_dir: Path, kernels: Kernels, recipe: Recipe) -> Decoder:
+def _pack(model_dir: Path, kernels: Kernels, recipe: Recipe, room: ExpertRoom | None) -> Decoder:
     """The model from its checkpoint."""
     checkpoint = Checkpoint(model_dir)
     architecture, config = read_model_config(model_dir, checkpoint.common_dtype())
     model = architecture.build(config, kernels)
+    if room is not None:
+        room.place(model, kernels, recipe, lambda: find_weights(model, checkpoint, recipe))
     weight_bytes = fill(model, checkpoint, recipe)
     model.config = replace(config, weight_bytes=weight_bytes)
     return model
 
 
-def _restore(model_dir: Path, kernels: Kernels, store: PackedStore, packed: PackedFile) -> Decoder | None:
+def _restore(
+    model_dir: Path, kernels: Kernels, store: PackedStore, packed: PackedFile, room: ExpertRoom | None
+) -> Decoder | None:
     """The model from its packed file, if it fits."""
     try:
         architecture, config = read_model_config(model_dir, stored_dtype(packed))
         model = architecture.build(config, kernels)
+        if room is not None:
+            room.place(model, kernels, store.recipe, list)  # the CPU's kernels have no sizes to ask for
         restore(model, packed)
     except PackedFileError as error:
         store.refuse(error)
@@ -133,19 +144,34 @@ def _check_auto_map(auto_map: object, published: frozenset[str], file: str = CON
             )
 
 
-def fill(model: Decoder, checkpoint: Checkpoint, recipe: Recipe) -> int:
-    """Write every tensor of the checkpoint into the slot that wants it; the weights' size in bytes.
-
-    All names, shapes and dtypes are compared before the first byte of weights is read.
-    """
+def find_weights(model: Decoder, checkpoint: Checkpoint, recipe: Recipe) -> list[StoredWeight]:
+    """What the checkpoint has for each slot; names, shapes and dtypes fit. No byte of weights is read."""
     dtype: torch.dtype = getattr(torch, model.config.dtype)
-    stored = [_find(slot, checkpoint, model.config, dtype) for slot in model.slots()]
+    slots = [
+        slot
+        for slot in model.slots()
+        if not (slot.absent and slot.name.rpartition(".")[0] in checkpoint.left_out)
+    ]
+    stored = [_find(slot, checkpoint, model.config, dtype) for slot in slots]
     wanted = {entry.name for weight in stored for entry in weight.entries}
     for name, entry in checkpoint.entries.items():
         if name not in wanted and not model.ignores(name):
             _refuse_leftover(entry, wanted, model.config)
     for weight in stored:
         weight.check()
+    return keep_codes(stored, recipe.formats)
+
+
+def fill(model: Decoder, checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Write every tensor of the checkpoint into the slot that wants it; the weights' size in bytes.
+
+    All names, shapes and dtypes are compared before the first byte of weights is read. Of experts that are
+    absent none is.
+    """
+    dtype: torch.dtype = getattr(torch, model.config.dtype)
+    found = find_weights(model, checkpoint, recipe)
+    stored = [weight for weight in found if not weight.slot.absent]
+    checkpoint.sparse = len(stored) < len(found)
     weight_bytes = 0
     for weight, converted in _converted(stored, checkpoint, recipe, dtype):
         converted.hand_over()
@@ -153,6 +179,45 @@ def fill(model: Decoder, checkpoint: Checkpoint, recipe: Recipe) -> int:
         for entry in weight.entries:
             checkpoint.drop(entry)
     return weight_bytes
+
+
+def fill_experts(
+    model: Decoder, checkpoint: Checkpoint, recipe: Recipe, wanted: Mapping[int, Collection[int]]
+) -> None:
+    """As ``fill``, of these experts alone, by decoder layer; the model has everything else."""
+    dtype: torch.dtype = getattr(torch, model.config.dtype)
+    homes = {id(mixture.experts): wanted.get(number, ()) for number, mixture in model.mixtures()}
+    stored = [
+        weight
+        for weight in find_weights(model, checkpoint, recipe)
+        if weight.slot.places and weight.slot.expert[0] in homes.get(id(weight.slot.places[0].owner), ())
+    ]
+    checkpoint.sparse = True
+    for weight, converted in _converted(stored, checkpoint, recipe, dtype):
+        converted.hand_over()
+        for entry in weight.entries:
+            checkpoint.drop(entry)
+
+
+def expert_tensors(model_dir: Path) -> dict[str, tuple[int, int]]:
+    """Which tensors of a checkpoint are whose: by name, decoder layer and id of a routed expert. Raises
+    CheckpointError.
+    """
+    require_model_folder(model_dir)
+    checkpoint = Checkpoint(model_dir)
+    architecture, config = read_model_config(model_dir, checkpoint.common_dtype())
+    model = architecture.build(config, choose("reference"))
+    layer_of = {id(mixture.experts): number for number, mixture in model.mixtures()}
+    found: dict[str, tuple[int, int]] = {}
+    for weight in find_weights(model, checkpoint, Recipe()):
+        owner = weight.slot.places[0].owner if weight.slot.places else None
+        if id(owner) not in layer_of:
+            continue
+        for entry in weight.entries:
+            expert = (layer_of[id(owner)], weight.slot.expert[0])
+            if found.setdefault(entry.name, expert) != expert:
+                raise CheckpointError("holds several experts, so they cannot be parted", tensor=entry.name)
+    return found
 
 
 def _converted(
@@ -192,7 +257,8 @@ def _find(slot: Slot, checkpoint: Checkpoint, config: ModelConfig, dtype: torch.
             return int4
     entry = checkpoint.entries.get(slot.name)
     if entry is None:
-        hint = _expert_hint(slot.name, config)
+        shard = checkpoint.left_out.get(slot.name.rpartition(".")[0])
+        hint = f": {shard} is not in the folder" if shard else _expert_hint(slot.name, config)
         raise CheckpointError(f"missing from the checkpoint{hint}", tensor=slot.name)
     if config.fp8 is not None and entry.dtype == FP8 and len(slot.shape) == 2:
         scale = checkpoint.entries.get(f"{slot.name}{SCALE_SUFFIX}")
@@ -208,4 +274,8 @@ def _refuse_leftover(entry: TensorEntry, wanted: Collection[str], config: ModelC
 
 def _expert_hint(name: str, config: ModelConfig) -> str:
     match = re.search(r"\.experts\.(\d+)\.", name)
-    return f" (config.json says {config.moe.num_experts} experts per layer)" if match else ""
+    if match is None:
+        return ""
+    counts = sorted({*config.num_experts_per_layer} - {0}) or [config.moe.num_experts]
+    told = counts[0] if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f" (config.json says {told} experts per layer)"

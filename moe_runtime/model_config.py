@@ -1,6 +1,6 @@
 """The shape of a model as frozen data. Built by ``models/<model_type>.py``; knows no tensors and no files."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 # Beyond anything published, so that a hostile config cannot make us allocate or loop without end.
@@ -118,6 +118,8 @@ class ModelConfig:
     """Everything the engine and the layers need to know about a model.
 
     ``moe_layers[i]`` says whether layer i routes; the others are dense MLPs of ``intermediate_size``.
+    ``num_experts_per_layer`` is empty where all layers have ``moe.num_experts``; else it has a number for every
+    layer (0 for dense ones), the largest of which is ``moe.num_experts``.
     ``dtype`` is the weights' own: bfloat16, float16 or float32 (float8 checkpoints are widened to it).
     ``fp8`` and ``int4`` say how the checkpoint holds its quantised matrices, if it has any.
     ``num_extra_layers`` counts layers for multi-token prediction that the checkpoint may hold after the last
@@ -140,6 +142,13 @@ class ModelConfig:
     fp8: Fp8Config | None = None
     int4: Int4Config | None = None
     num_extra_layers: int = 0
+    num_experts_per_layer: tuple[int, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     weight_bytes: int = 0
+
+    def moe_of(self, layer: int) -> MoeConfig:
+        """The mixture of a layer that routes."""
+        if not self.num_experts_per_layer:
+            return self.moe
+        return replace(self.moe, num_experts=self.num_experts_per_layer[layer])

@@ -17,9 +17,9 @@ ATTEMPTS = 10
 
 
 @contextmanager
-def open_folder(path: Path, *, links: bool, make: bool = False) -> Iterator[int]:
-    """A descriptor of the folder. Raises OSError, PackedFileError when others can write to it, or when it is
-    a link and ``links`` does not allow that.
+def open_folder(path: Path, *, links: bool, make: bool = False, mode: int = 0o755) -> Iterator[int]:
+    """A descriptor of the folder, made with ``mode``. Raises OSError, PackedFileError when others can write
+    to it, or when it is a link and ``links`` does not allow that.
 
     Where others can write to the model folder, they can put another folder, or a link to one, in this one's
     place at any moment. So its owner and mode are asked of the descriptor, and whatever is opened, renamed or
@@ -27,7 +27,7 @@ def open_folder(path: Path, *, links: bool, make: bool = False) -> Iterator[int]
     """
     if make:
         with suppress(FileExistsError):
-            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            path.mkdir(mode=mode, parents=True, exist_ok=True)
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if links else os.O_NOFOLLOW)
     try:
         descriptor = os.open(path, flags)

@@ -12,19 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from moe_runtime.checkpoint import list_weight_files, open_regular, read_header_bytes
+from moe_runtime.plan import ExpertMask
 from moe_runtime.quant.recipe import CONVERSION_VERSION, Recipe
 from moe_runtime.quant.rounding import ROUNDING_VERSION
 
 WEIGHT_FILES = "weight files"
+EXPERTS = "set of experts"  # absent where it is all of them
 # Training changes a weight file all over, so a few pieces tell a fine-tune of equal shape and time (unpacked
 # from an archive, say) from its base, at a cost that does not grow with the file.
 SAMPLE_BYTES = 64 << 10
 SAMPLES = 8
 
 
-def identify(model_dir: Path, recipe: Recipe) -> dict[str, Any]:
-    """The identity as plain JSON. Raises OSError, CheckpointError."""
+def identify(model_dir: Path, recipe: Recipe, kept: ExpertMask | None = None) -> dict[str, Any]:
+    """The identity as plain JSON; of some of the experts, if ``kept`` is given. Raises OSError,
+    CheckpointError.
+    """
     return {
+        **({} if kept is None else {EXPERTS: kept.digest}),
         "version of the conversion": CONVERSION_VERSION,
         "version of the rounding": ROUNDING_VERSION,
         "recipe": recipe.describe(),
@@ -35,11 +40,11 @@ def identify(model_dir: Path, recipe: Recipe) -> dict[str, Any]:
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """Where ``new`` first differs from ``old``, in words; None when it does not."""
-    for what, value in new.items():
-        if old.get(what) == value:
+    for what in (*new, *(old.keys() - new.keys())):
+        if what in old and what in new and old[what] == new[what]:
             continue
         if what == WEIGHT_FILES and what in old:
-            return _file_difference(old[what], value)
+            return _file_difference(old[what], new[what])
         return f"{what} differs"
     return None
 

@@ -34,6 +34,7 @@ from moe_runtime.packed_file import (
 from moe_runtime.packed_folder import NewFile, check_space, open_folder, remove_leftovers
 from moe_runtime.packed_identity import difference, identify
 from moe_runtime.packed_model import save
+from moe_runtime.plan import ExpertMask
 from moe_runtime.quant.recipe import Recipe
 
 FOLDER = ".moe_packed"
@@ -45,7 +46,8 @@ logger = logging.getLogger("moe_runtime.packed")
 @dataclass
 class PackedStore:
     """One model folder's packed weights by one recipe. ``folder`` None is beside the model; ``verify`` reads
-    the whole file at each start and compares all checksums, else only those of its table.
+    the whole file at each start and compares all checksums, else only those of its table. With ``kept``, the
+    file of these experts alone: what is not among them is not even mapped.
 
     ``open`` comes first, before anything of the checkpoint is read: what it finds there is the identity that
     the others go by, so that a checkpoint replaced meanwhile is not taken for the one that was read.
@@ -55,16 +57,18 @@ class PackedStore:
     recipe: Recipe
     folder: Path | None = None
     verify: bool = True
+    kept: ExpertMask | None = None
     _identity: dict[str, Any] | None = field(default=None, init=False)
     _writer: threading.Thread | None = field(default=None, init=False)
 
     @property
     def path(self) -> Path:
+        name = f"{self.recipe.label}{'' if self.kept is None else f'_some-{self.kept.digest[:8]}'}.moe"
         if self.folder is None:
-            return self.model_dir / FOLDER / f"{self.recipe.label}.moe"
+            return self.model_dir / FOLDER / name
         home = self.model_dir.resolve()
         place = hashlib.sha256(os.fsencode(home)).hexdigest()[:8]
-        return self.folder / f"{home.name}-{place}-{self.recipe.label}.moe"
+        return self.folder / f"{home.name}-{place}-{name}"
 
     @property
     def finding_path(self) -> Path:
@@ -77,7 +81,7 @@ class PackedStore:
         start = time.perf_counter()
         self._identity = None
         try:
-            self._identity = identity = identify(self.model_dir, self.recipe)
+            self._identity = identity = identify(self.model_dir, self.recipe, self.kept)
             with self._open_folder() as folder:
                 file = open_file(
                     self.path.name, lambda found: _compare(found, identity), verify=self.verify, folder=folder
@@ -185,7 +189,7 @@ class PackedStore:
         if self._identity is None:
             raise CheckpointError("the checkpoint could not be identified before it was read")
         try:
-            different = difference(self._identity, identify(self.model_dir, self.recipe))
+            different = difference(self._identity, identify(self.model_dir, self.recipe, self.kept))
         except OSError as error:
             different = str(error)
         if different is not None:

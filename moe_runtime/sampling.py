@@ -37,6 +37,11 @@ Chooser = Callable[[Row, float, float, int, float, float], int]  # as choose_tok
 
 DISTANCES = (4.0, 8.0, 16.0)  # from the best logit: where the tokens that matter are
 MIN_TEMPERATURE = 1e-30  # below, all but the best are at -inf anyway
+MAX_TEMPERATURE = 1e30  # above, all are as likely; and a float32 still holds it
+
+# Why a row gives no token.
+NOT_FINITE = "the model computed logits that are not finite numbers for this request"
+NOTHING_LEFT = "penalties, logit_bias and min_tokens leave no token to choose"
 
 
 class Occurrences:
@@ -107,13 +112,18 @@ def sample(
         for adjust in ADJUSTMENTS:
             row = adjust(row, params, history)
         if not np.isfinite(row.max()):
-            raise RequestFailed("penalties, logit_bias and min_tokens leave no token to choose")
+            raise RequestFailed(NOTHING_LEFT)
         if params.greedy:
             return int(np.argmax(row))  # the first of equal ones: the lowest id
         fraction = uniform(seed, choice, history.num_output)
-        temperature = max(params.temperature, MIN_TEMPERATURE)
+        temperature = divisor(params)
         choose = chooser or choose_token
         return choose(row, temperature, params.min_p, params.top_k, params.top_p, fraction)
+
+
+def divisor(params: SamplingParams) -> float:
+    """The temperature of a draw, within what float32 can divide by."""
+    return min(max(params.temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
 
 
 def choose_token(
@@ -131,7 +141,7 @@ def check_finite(logits: Logits) -> None:
     """Raise RequestFailed when ``logits`` (any shape) holds NaN or infinity."""
     # Either makes an extreme that is not finite.
     if logits.size and not (np.isfinite(logits.max()) and np.isfinite(logits.min())):
-        raise RequestFailed("the model computed logits that are not finite numbers for this request")
+        raise RequestFailed(NOT_FINITE)
 
 
 def draw_seed() -> int:
@@ -257,7 +267,8 @@ def _only(row: Row, ids: Ids) -> Row:
 
 
 # In the order they apply. To add an adjustment, write the function and name it here; a filter of the draw
-# belongs into choose_token and into its fast form, csrc/sampling.cpp.
+# belongs into choose_token and its fast forms, csrc/sampling.cpp and kernels/triton/sampling.py, which has
+# the adjustments too.
 ADJUSTMENTS: tuple[Callable[[Row, SamplingParams, History], Row], ...] = (
     apply_repetition_penalty,
     apply_count_penalties,

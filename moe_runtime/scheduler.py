@@ -26,6 +26,7 @@ class Chunk:
     blocks: tuple[int, ...]
     logit_start: int  # logits are wanted of positions logit_start .. end-1; == end for none
     samples: bool  # the chunk ends where the sequence ends: its last logits choose the next token
+    mask_row: int = -1  # of Batch.mask_rows
 
     @property
     def end(self) -> int:
@@ -131,6 +132,15 @@ class Scheduler:
         self.pool.release(sequence.restart())
         return True
 
+    def start_over(self, sequence_id: int, salt: str, mask_row: int) -> None:
+        """Send a running sequence that has only its prompt back, right behind all that run, to be computed
+        anew under another mask and with a salt that belongs to it.
+        """
+        sequence = self._running.pop(sequence_id)
+        self.pool.release(sequence.start_over(salt, mask_row))
+        self._waiting[sequence_id] = sequence
+        self._waiting.move_to_end(sequence_id, last=False)
+
     def _grow(self, sequence: Sequence, preempted: list[int]) -> bool:
         """Give a running sequence blocks for all its tokens. False when that took its own place too."""
         if sequence.sequence_id not in self._running:
@@ -185,6 +195,7 @@ class Scheduler:
             blocks=tuple(sequence.blocks[: self.pool.blocks_for(end)]),
             logit_start=min(logit_start, end),
             samples=end == sequence.num_total,
+            mask_row=sequence.mask_row,
         )
 
     def _register(self, sequence: Sequence, end: int) -> None:

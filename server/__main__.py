@@ -107,14 +107,25 @@ def _serve(
     threading.Thread(target=importlib.import_module, args=("moe_runtime.server.serve",), daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # the app logs each request itself, in one line
-    engine = Engine.load(model_dir, engine_config)
+    from moe_runtime.experts.registry import placement_of
+    from moe_runtime.server.scenarios import open_scenarios
+
+    scenarios = open_scenarios(model_dir, config)
+    engine = Engine.load(
+        model_dir,
+        engine_config,
+        placement=None if scenarios.full else placement_of(scenarios),
+        live=not scenarios.full and config.admin_token_file is not None,
+    )
+    for scenario in scenarios:
+        engine.masks.add(scenario.name, scenario.mask, scenario.policy)
     from moe_runtime.async_engine import AsyncEngine
     from moe_runtime.server.serve import Server
     from moe_runtime.server.service import build_service
 
     gc.freeze()  # what exists now stays: later collections need not look at it
     gc.enable()
-    service = build_service(AsyncEngine(engine), model_dir, name, config)
+    service = build_service(AsyncEngine(engine), model_dir, name, config, scenarios)
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     ready = f"moe-serve: {name} is ready at {url} (context {engine.max_context} tokens)"

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from moe_runtime.server.admin import add_scenario, drop_scenario, list_scenarios
 from moe_runtime.server.chat import create_chat_completion
 from moe_runtime.server.completions import create_completion
 from moe_runtime.server.errors import describe, error_response
@@ -31,6 +32,12 @@ def build_app(service: Service) -> Starlette:
         Route("/health", partial(health, service), methods=["GET"]),
         Route("/metrics", partial(metrics, service), methods=["GET"]),
     ]
+    if service.admin_token:
+        routes += [
+            Route("/admin/scenarios", partial(list_scenarios, service), methods=["GET"]),
+            Route("/admin/scenarios/{name}", partial(add_scenario, service), methods=["POST"]),
+            Route("/admin/scenarios/{name}", partial(drop_scenario, service), methods=["DELETE"]),
+        ]
     middleware = [  # outermost first
         Middleware(RequestLog, metrics=service.metrics),
         Middleware(Limits, config=service.config, gate=service.gate),
@@ -43,6 +50,7 @@ def build_app(service: Service) -> Starlette:
             yield
         finally:
             service.engine.stop()
+            service.close()
 
     app = Starlette(
         routes=routes,

@@ -29,12 +29,14 @@ async def create_chat_completion(service: Service, request: Request) -> Response
 
     body, prompt, params = await prepare(request, admit)
     with _own_names(body):
-        generation = Generation(service, record_of(request), [prompt], params, body.cache_salt or "")
+        generation = Generation(
+            service, record_of(request), [prompt], params, body.model, body.cache_salt or ""
+        )
     headers = ignored_header(ignored_fields(body))
     if body.stream:
         return EventStream(generation, _chunks(generation, body), headers)
     answer = await while_connected(request.receive, _whole(generation, body))
-    return json_response(answer, headers)
+    return json_response(answer, headers | generation.headers())
 
 
 def _encode(service: Service, body: ChatBody) -> list[int]:

@@ -35,7 +35,7 @@ async def create_completion(service: Service, request: Request) -> Response:
         return body, _encode(service, body), _params(service, body)
 
     body, prompts, params = await prepare(request, admit)
-    generation = Generation(service, record_of(request), prompts, params, body.cache_salt or "")
+    generation = Generation(service, record_of(request), prompts, params, body.model, body.cache_salt or "")
     choices = [
         _Choice(service, body, prompt_ids, prompt)
         for prompt_ids, prompt in zip(prompts, body.prompt, strict=True)
@@ -45,7 +45,7 @@ async def create_completion(service: Service, request: Request) -> Response:
     if body.stream:
         return EventStream(generation, _chunks(generation, body, choices), headers)
     answer = await while_connected(request.receive, _whole(generation, body, choices))
-    return json_response(answer, headers)
+    return json_response(answer, headers | generation.headers())
 
 
 def _encode(service: Service, body: CompletionBody) -> list[list[int]]:

@@ -15,14 +15,18 @@ from moe_runtime.errors import (
     CheckpointError,
     ConfigError,
     ContextLengthExceeded,
+    DeviceLost,
     EngineStopped,
     IsaUnavailable,
     KernelError,
     ModelNotFound,
     MoeRuntimeError,
+    OutsideScenario,
     Overloaded,
+    PlanError,
     RequestError,
     RequestFailed,
+    ScenarioUnavailable,
 )
 
 
@@ -55,12 +59,16 @@ ROWS: dict[type[BaseException], Row] = {
     RequestError: Row(400, "invalid_request_error"),
     ContextLengthExceeded: Row(400, "invalid_request_error", "context_length_exceeded"),
     ModelNotFound: Row(404, "invalid_request_error", "model_not_found"),
+    OutsideScenario: Row(409, "invalid_request_error", "outside_scenario"),
+    ScenarioUnavailable: Row(503, "server_error", "scenario_unavailable"),
     Overloaded: Row(503, "server_error", "overloaded"),
     EngineStopped: Row(503, "server_error", "engine_stopped"),
+    DeviceLost: Row(503, "server_error", "engine_stopped"),
     RequestFailed: Row(500, "server_error", "request_failed"),
-    # The next four are raised while starting; met later, they are bugs like any other exception.
+    # The next five are raised while starting; met later, they are bugs like any other exception.
     ConfigError: Row(500, "server_error", INTERNAL_ERROR, public=False),
     CheckpointError: Row(500, "server_error", INTERNAL_ERROR, public=False),
+    PlanError: Row(500, "server_error", INTERNAL_ERROR, public=False),
     KernelError: Row(500, "server_error", INTERNAL_ERROR, public=False),
     IsaUnavailable: Row(500, "server_error", INTERNAL_ERROR, public=False),
     MoeRuntimeError: Row(500, "server_error", INTERNAL_ERROR, public=False),
@@ -109,7 +117,7 @@ def describe(error: BaseException) -> ErrorReply:
         headers["retry-after"] = str(getattr(error, "retry_after", 1))
         if isinstance(error, EngineStopped):
             headers["connection"] = "close"  # the next try should reach another server
-    elif row.status == 500:
+    elif row.status in (409, 500):  # which clients take for errors that pass
         headers["x-should-retry"] = "false"  # the same request would fail the same way
     message = str(error) if row.public else INTERNAL
     return ErrorReply(

@@ -16,7 +16,7 @@ from starlette.types import Receive
 
 from moe_runtime.async_engine import RequestStream
 from moe_runtime.engine import TokenEvent
-from moe_runtime.errors import EngineStopped, RequestError, RequestFailed
+from moe_runtime.errors import EngineStopped, OutsideScenario, RequestError, RequestFailed
 from moe_runtime.sampling import SamplingParams
 from moe_runtime.server.errors import ClientGone, EdgeError
 from moe_runtime.server.metrics import Metrics
@@ -68,11 +68,13 @@ class Generation:
         record: RequestRecord,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
+        model: str,
         salt: str = "",
     ) -> None:
-        """Submit every prompt or none. ``salt``: see Engine.add.
+        """Submit every prompt or none, under the scenario of ``model`` if it names one. ``salt``: as for
+        Engine.add.
 
-        Raises RequestError, Overloaded, EngineStopped.
+        Raises RequestError, ModelNotFound, ScenarioUnavailable, Overloaded, EngineStopped.
         """
         if len(prompts) * params.n > service.config.max_choices:
             raise RequestError(
@@ -82,6 +84,11 @@ class Generation:
             )
         self.service = service
         self.record = record
+        self.model = model
+        # Asked again, here on the event loop: what is added to the engine next must be there.
+        self.scenario = service.require_model(model)
+        self.lost_mass: float | None = None  # of the prompts, the largest
+        self.drift: str | None = None
         self.num_choices = params.n
         self.started = time.monotonic()
         self.total_choices = len(prompts) * params.n
@@ -91,7 +98,15 @@ class Generation:
         self.streams: list[RequestStream] = []
         try:
             for request_id, prompt in zip(self.request_ids, prompts, strict=True):
-                self.streams.append(service.engine.submit(request_id, prompt, params, salt=salt))
+                self.streams.append(
+                    service.engine.submit(
+                        request_id,
+                        prompt,
+                        params,
+                        salt=salt,
+                        scenario=None if self.scenario is None else self.scenario.name,
+                    )
+                )
         except BaseException:
             self.abort()
             raise
@@ -105,15 +120,21 @@ class Generation:
     async def events(self) -> AsyncGenerator[tuple[int, TokenEvent], None]:
         """(choice of the whole request, event) in order of arrival. Raises RequestFailed, EngineStopped."""
         clock = _Clock(self.service.metrics, self.started)
+        held: list[tuple[int, TokenEvent]] = []
         try:
             async with aclosing(_merge(self.streams)) as merged:
                 async for index, event in merged:
                     choice = index * self.num_choices + event.choice
                     self._account(event)
                     clock.tick(choice, len(event.token_ids))
-                    yield choice, event
-                    if event.finish_reason is not None:
-                        self.finish_reasons.append(event.finish_reason)
+                    held.append((choice, event))
+                    if self._may_refuse and len(self.cached_tokens) < len(self.request_ids):
+                        continue  # no token is shown while another prompt may still be refused
+                    for item in held:
+                        yield item
+                        if item[1].finish_reason is not None:
+                            self.finish_reasons.append(item[1].finish_reason)
+                    held.clear()
             if len(self.finish_reasons) < self.total_choices:
                 raise EngineStopped("the engine ended before the answer was complete")
             self.record.outcome = ",".join(sorted(set(self.finish_reasons)))
@@ -121,8 +142,21 @@ class Generation:
         finally:
             self.abort()
 
+    @property
+    def has_policy(self) -> bool:
+        """Whether the first event may bring bad news that belongs into the head of the answer."""
+        return self.scenario is not None and self.scenario.policy is not None
+
+    @property
+    def _may_refuse(self) -> bool:
+        policy = None if self.scenario is None else self.scenario.policy
+        return policy is not None and policy.action == "reject"
+
     def _account(self, event: TokenEvent) -> None:
         """Count an event; raises when it says that the answer will never be complete."""
+        self._account_scenario(event)
+        if event.finish_reason == "drift":
+            raise OutsideScenario(event.error or "the scenario's policy refuses this prompt")
         if event.finish_reason == "error":
             raise RequestFailed(event.error or "the model's output was not a number")
         if event.finish_reason == "abort":
@@ -132,10 +166,39 @@ class Generation:
         self.cached_tokens.setdefault(event.request_id, event.num_cached_tokens)
         self.record.cached_tokens = sum(self.cached_tokens.values())
 
+    def _account_scenario(self, event: TokenEvent) -> None:
+        if self.scenario is None:
+            return
+        is_first = event.request_id not in self.cached_tokens and event.finish_reason not in (
+            "error",
+            "abort",
+        )
+        if is_first:
+            self.service.prompt_read(
+                self.scenario.name, event.num_prompt_tokens, event.lost_mass, event.drift
+            )
+            if event.lost_mass is not None:
+                self.lost_mass = max(event.lost_mass, self.lost_mass or 0.0)
+            self.drift = event.drift or self.drift
+        self.service.metrics.scenarios.generated(self.scenario.name, len(event.token_ids))
+
+    def headers(self) -> dict[str, str]:
+        """What the policy of the scenario has to say; complete with the first event of every prompt."""
+        return {} if self.drift is None else {"x-moe-drift": f"{self.drift}; lost_mass={self.lost_mass:.4f}"}
+
     def usage(self) -> dict[str, Any]:
-        """OpenAI's usage object, complete once the events have ended."""
+        """OpenAI's usage object, complete once the events have ended; for a scenario also what its mask cost
+        the prompt (the largest, of several).
+        """
         record = self.record
-        return {
+        extra = {}
+        if self.scenario is not None:
+            extra["scenario"] = {
+                "name": self.scenario.name,
+                "lost_mass": None if self.lost_mass is None else round(self.lost_mass, 6),
+                "drift": self.drift,
+            }
+        return extra | {
             "prompt_tokens": record.prompt_tokens,
             "completion_tokens": record.completion_tokens,
             "total_tokens": record.prompt_tokens + record.completion_tokens,

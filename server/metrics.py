@@ -12,6 +12,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from moe_runtime.engine import EngineStats
+from moe_runtime.server.scenario_metrics import ScenarioMetrics
 
 SECONDS = (
     0.001,
@@ -53,8 +54,9 @@ ENGINE_COUNTERS = (
     ("vllm:prefix_cache_hits", "prefix_hit_tokens", "prompt tokens found there"),
     ("moe_computed_tokens", "computed_tokens", "tokens sent through the model, recomputed ones included"),
     ("moe_engine_steps", "steps", "steps of the engine"),
+    ("moe_dispatches_outside_mask", "outside_mask", "experts used against a scenario's mask: must stay 0"),
 )
-FINISH_REASONS = ("stop", "length", "error", "abort")
+FINISH_REASONS = ("stop", "length", "error", "abort", "drift")
 
 
 class Metrics:
@@ -64,6 +66,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.http_responses = dict.fromkeys(STATUS_CLASSES, 0)
         self.registry.register(_EngineCollector(model_name, read_stats, self.http_responses))
+        self.scenarios = ScenarioMetrics(self.registry, model_name)
 
         def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
             family = Histogram(name, help, ["model_name"], registry=self.registry, buckets=buckets)

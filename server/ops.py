@@ -14,7 +14,7 @@ async def health(service: Service, request: Request) -> Response:
     if service.gate.draining:
         raise EngineStopped("the server is shutting down")
     if not service.engine.is_alive:
-        raise EngineStopped("the engine has stopped; restart the server")
+        raise EngineStopped(f"{service.engine.refusal or 'the engine has stopped'}; restart the server")
     return json_response({"status": "ok"})
 
 

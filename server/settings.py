@@ -1,6 +1,7 @@
 """Every limit of the HTTP edge, stated once; ``moe-serve`` derives its flags from here."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from moe_runtime.config import option
 from moe_runtime.errors import ConfigError
@@ -18,6 +19,27 @@ class ServerConfig:
     port: int = option(8000, "TCP port; 0 takes a free one")
     served_model_name: str = option(
         "", "name that clients send as 'model' (default: the model folder's name)"
+    )
+    scenario_dir: Path | None = option(
+        None,
+        "folder of scenarios, each a folder with plan.json and certificate.json (default: scenarios in "
+        "the model folder, if there is one)",
+    )
+    scenarios: str = option(
+        "",
+        "load only the experts that these scenarios use, for example credit,wealth, and serve no others: "
+        "the full model is not offered then (default: all experts, and every scenario of the folder)",
+    )
+    allow_uncertified: bool = option(
+        False, "serve scenarios without a valid certificate, too; lists and log say why it is not valid"
+    )
+    drift_log: Path | None = option(
+        None, "file to append each scenario request's lost mass to, for `moe-experts drift`; no text is in it"
+    )
+    admin_token_file: Path | None = option(
+        None,
+        "file with a secret of 16 characters or more, readable by its owner alone, that opens "
+        "/admin/scenarios/NAME: POST adds a scenario of the folder, DELETE takes one away (default: closed)",
     )
     max_body_bytes: int = option(4 << 20, "largest request body; more gets 413 unread", unit="bytes")
     max_buffered_bytes: int = option(
@@ -40,6 +62,7 @@ class ServerConfig:
             value = getattr(self, field.name)
             if (
                 isinstance(value, int | float)
+                and not isinstance(value, bool)
                 and field.name not in ("port", "drain_seconds")
                 and not value > 0
             ):

@@ -52,17 +52,27 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_chunks(self, send: Send) -> None:
+        first = []
+        if self.generation.has_policy:
+            # A prompt that is refused is refused with a status, before anything is sent.
+            first = [await anext(self.chunks)]
+            self.headers.update(self.generation.headers())
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         last = b"[DONE]"
         try:
+            for chunk in first:
+                await _send_event(send, to_json(chunk))
             async with aclosing(self.chunks) as chunks:
                 async for chunk in chunks:
-                    body = event(to_json(chunk))
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                    await _send_event(send, to_json(chunk))
         except Exception as error:
             reply = describe(error)
             self.generation.record.outcome = reply.code or "error"
             if reply.code == INTERNAL_ERROR:
                 logger.exception("%s failed while streaming", self.generation.record.request_id)
             last = reply.body
-        await send({"type": "http.response.body", "body": event(last), "more_body": True})
+        await _send_event(send, last)
+
+
+async def _send_event(send: Send, data: bytes) -> None:
+    await send({"type": "http.response.body", "body": event(data), "more_body": True})

@@ -24,8 +24,8 @@ class Envelope:
     def of(cls, generation: Generation, prefix: str, kind: str) -> Self:
         """The envelope of one answer; its id and the request id share their digits."""
         digits = generation.record.request_id.removeprefix("req_")
-        model = generation.service.model
-        return cls(f"{prefix}-{digits}", kind, int(time.time()), model.name, model.fingerprint)
+        fingerprint = generation.service.model.fingerprint
+        return cls(f"{prefix}-{digits}", kind, int(time.time()), generation.model, fingerprint)
 
     def wrap(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

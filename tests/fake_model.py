@@ -5,14 +5,16 @@ each logit row reads the whole history back through the block table. So a block 
 wrongly or freed too early shows as a wrong history. What it answers is a function of that history alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from world import MESSAGE_END, VOCAB_SIZE, write_tokenizer
 
 from moe_runtime.batch import Batch
+from moe_runtime.kernels import RouteMeter
 from moe_runtime.tokenizer import Tokenizer
 
 POISON = -1
@@ -23,6 +25,7 @@ class FakeConfig:
     vocab_size: int = VOCAB_SIZE
     max_position_embeddings: int = 512
     eos_token_ids: tuple[int, ...] = (MESSAGE_END,)
+    num_layers: int = 1
 
 
 Answer = Callable[[list[int]], torch.Tensor]  # history -> logits (V,)
@@ -58,7 +61,13 @@ class FakeModel:
     def new_cache(self, num_blocks: int, block_size: int, kv_dtype: str = "auto") -> torch.Tensor:
         return torch.full((num_blocks, block_size), POISON, dtype=torch.int64)
 
-    def forward(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
+    device = torch.device("cpu")
+
+    def mixtures(self) -> Iterator[tuple[int, Any]]:
+        """No layer has experts."""
+        return iter(())
+
+    def forward(self, batch: Batch, cache: torch.Tensor, meter: RouteMeter | None = None) -> torch.Tensor:
         self.batches.append(batch)
         if self.fail_next is not None:
             failure, self.fail_next = self.fail_next, None

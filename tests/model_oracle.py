@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from moe_runtime.batch import Batch
+from moe_runtime.batch import Batch, no_masks
 from moe_runtime.kernels import OPS, choose
 from moe_runtime.layers.cache import Cache
 from moe_runtime.layers.decoder import Decoder
@@ -47,6 +47,7 @@ class Paged:
             sequence_rows=table_rows.int(),
             block_tables=tables,
             logit_rows=ends if last_only else torch.arange(len(positions)),
+            mask_rows=no_masks(len(positions)),
         )
         logits = self.model.forward(batch, self.cache)
         for row, ids in chunks.items():

@@ -61,6 +61,7 @@ class FakeEngine:
     fail_after: int | None = None  # tokens before an event with finish_reason "error"
     logprob: float = -0.5
     is_alive: bool = True
+    refusal: str = ""
     max_context: int = 4096
     submitted: list[tuple[list[int], SamplingParams]] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -92,7 +93,13 @@ class FakeEngine:
             stopped.set()
 
     def submit(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, salt: str = ""
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        salt: str = "",
+        scenario: str | None = None,
     ) -> AsyncIterator[TokenEvent]:
         if self.refusals:
             raise self.refusals.pop(0)
@@ -238,6 +245,13 @@ def serving(engine: Any, *, max_prompt_characters: int = sys.maxsize, **limits: 
     config = ServerConfig(port=0, **limits)
     card = ModelCard(MODEL, 1_700_000_000, "fp_test")
     service = Service(engine, card, config, Gate(), Metrics(MODEL, engine.stats), max_prompt_characters)
+    with serving_service(service) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def serving_service(service: Service) -> Iterator[Running]:
+    """Serve a service that is put together already."""
     ready = threading.Event()
     server = Server(service, on_ready=ready.set)
     with socket.socket() as listener:
@@ -248,7 +262,7 @@ def serving(engine: Any, *, max_prompt_characters: int = sys.maxsize, **limits: 
         if not ready.wait(30):
             raise TimeoutError("the server did not start")
         try:
-            yield Running(port, engine, service, server)
+            yield Running(port, service.engine, service, server)
         finally:
             server.should_exit = True
             thread.join(30)

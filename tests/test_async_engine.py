@@ -23,6 +23,7 @@ from moe_runtime.batch import Batch
 from moe_runtime.config import EngineConfig
 from moe_runtime.engine import Engine, TokenEvent
 from moe_runtime.errors import ContextLengthExceeded, EngineStopped, Overloaded, RequestError
+from moe_runtime.kernels import RouteMeter
 from moe_runtime.sampling import SamplingParams
 from moe_runtime.tokenizer import Tokenizer
 
@@ -41,10 +42,10 @@ class Gate(FakeModel):
         self.open.set()
         self.entered = threading.Event()
 
-    def forward(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
+    def forward(self, batch: Batch, cache: torch.Tensor, meter: RouteMeter | None = None) -> torch.Tensor:
         self.entered.set()
         assert self.open.wait(SECONDS)
-        return super().forward(batch, cache)
+        return super().forward(batch, cache, meter)
 
     async def hold(self) -> None:
         """Close the gate and wait until the thread stands in it."""
@@ -259,6 +260,35 @@ async def test_an_event_lost_in_a_failing_step_is_made_up_for(
         monkeypatch.setattr(engine.engine, "_close", close_then_fail)
         events = await collect(engine.submit("r", PROMPT, dataclasses.replace(GREEDY, n=2)))
         assert [event.finish_reason for event in events if event.finish_reason] == ["error", "error"]
+
+
+@in_loop
+async def test_a_lost_device_ends_everything_with_its_reason(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("moe_runtime.async_engine"), "disabled", True)
+    fault = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def synchronize(_: torch.device) -> None:
+        raise fault
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    async with running(tokenizer, max_running=1) as (engine, model):
+        model.device = torch.device("cuda", 0)
+        stream = engine.submit("r", PROMPT, LONG)
+        await model.hold()
+        waiting = engine.submit("waiting", PROMPT, GREEDY)
+        model.fail_next = fault
+        model.open.set()
+        for events in (await collect(stream), await collect(waiting)):
+            assert events[-1].finish_reason == "error"
+            assert (events[-1].error or "").startswith("cuda:0 has failed (CUDA error: an illegal memory")
+        assert "cuda:0 has failed" in engine.refusal
+        await asyncio.to_thread(engine._thread.join)  # type: ignore[union-attr]
+        assert not engine.is_alive and not engine.num_open
+        with pytest.raises(EngineStopped, match="computes no more in this process"):
+            engine.submit("late", PROMPT, GREEDY)
+        engine.engine.abort("waiting")  # nobody else will give its blocks back
 
 
 @in_loop

@@ -31,7 +31,8 @@ def test_a_dry_run_fills_every_section_in_time(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     (file,) = tmp_path.glob("gpu-*.json")
     result = json.loads(file.read_text())
-    assert {row["section"] for row in result["rows"]} == {"limits", "check", "moe", "masks", "ops"}
+    sections = {"limits", "check", "moe", "masks", "ops", "decode"}
+    assert {row["section"] for row in result["rows"]} == sections
     assert {row["kind"] for row in result["rows"]} == {"row"}
     assert result["tests"]["complete"] and result["tests"]["passed"] > 0
     bf16 = [row for row in result["rows"] if row["section"] == "moe" and row["format"] == "bf16"]

@@ -26,8 +26,8 @@ def test_every_field_is_a_flag_and_comes_back() -> None:
         max_context=4096, max_batch_tokens=7, max_running=3, max_queue=2, block_size=32, cache_bytes=123,
         num_blocks=9, kv_dtype="int8", prefix_caching=False, device="auto", backend="reference", threads=2,
         quantize="experts=int4,lm_head=int8", quantize_group=32, quantize_zeros=True,
-        max_quant_kl=0.1, quantize_statistics=Path("y"),
-        packed_file=False, packed_dir=Path("x"), packed_verify=False,
+        max_quant_kl=0.1, quantize_statistics=Path("y"), device_bytes=5, require_placement=True,
+        graphs=False, autotune_dir=Path("z"), packed_file=False, packed_dir=Path("x"), packed_verify=False,
     )  # fmt: skip
     words = []
     for field in dataclasses.fields(config):
@@ -79,9 +79,8 @@ def test_what_is_not_a_size_is_refused(text: str) -> None:
         (("--quantize-group", "16"), "--quantize-group 16: must be 32, 64 or 128"),
         (("--device", "cuda", "--backend", "cpu"), "--device cuda with --backend cpu, which computes on"),
         (("--device", "cuda", "--backend", "reference"), "use --backend auto, or --device cpu"),
-        (("--device", "cuda", "--kv-dtype", "int8"), "--device cuda with --kv-dtype int8: .* bfloat16"),
-        (("--device", "auto", "--kv-dtype", "int8"), "--device auto with --kv-dtype int8"),
-        (("--backend", "triton", "--kv-dtype", "int8"), "--backend triton with --kv-dtype int8"),
+        (("--device-bytes", "1GiB"), "--device-bytes with --device cpu: there is no GPU"),
+        (("--autotune-dir", "x"), "--autotune-dir with --device cpu: there is no GPU to measure"),
     ],
 )
 def test_values_out_of_range_name_the_flag(words: tuple[str, ...], message: str) -> None:

@@ -11,8 +11,8 @@ import torch
 
 from moe_runtime import kernels
 from moe_runtime.batch import Batch
-from moe_runtime.device import choose_device, told_as_config_errors
-from moe_runtime.errors import ConfigError
+from moe_runtime.device import choose_device, told_as_config_errors, told_when_lost
+from moe_runtime.errors import ConfigError, DeviceLost
 
 GPU = torch.device("cuda", 0)
 
@@ -142,11 +142,52 @@ def test_triton_without_a_gpu_is_refused(machine: Machine, name: str) -> None:
             r"cuda:0 has too little memory .*\(CUDA out of memory. Tried\); lower --cache-bytes",
         ),
         (torch.AcceleratorError("CUDA error: illegal"), "cuda:0 failed while .* or use --device cpu"),
+        (RuntimeError("Triton Error [CUDA]: invalid"), r"cuda:0 failed while .*\(Triton Error \[CUDA\]"),
     ],
 )
 def test_what_a_gpu_refuses_while_loading_names_the_knobs(fault: Exception, message: str) -> None:
     with pytest.raises(ConfigError, match=message), told_as_config_errors(GPU):
         raise fault
+
+
+def test_other_errors_while_loading_are_no_news_of_the_device() -> None:
+    with pytest.raises(RuntimeError, match="our own"), told_as_config_errors(GPU):
+        raise RuntimeError("our own")
+
+
+STICKY = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with")
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, fault: Exception | None) -> None:
+    """A device that, asked whether it still lives, says so or fails."""
+
+    def synchronize(device: torch.device) -> None:
+        assert device == GPU
+        if fault is not None:
+            raise fault
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+
+
+@pytest.mark.parametrize("first", [STICKY, RuntimeError("Triton Error [CUDA]: an illegal memory access")])
+def test_a_device_that_repeats_its_error_is_lost(monkeypatch: pytest.MonkeyPatch, first: Exception) -> None:
+    answering(monkeypatch, STICKY)
+    with pytest.raises(DeviceLost) as caught, told_when_lost(GPU):
+        raise first
+    told = str(caught.value)
+    assert told.startswith("cuda:0 has failed (") and "illegal memory access" in told and "\n" not in told
+    assert "computes no more in this process" in told and caught.value.__cause__ is first
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("ours"), ValueError("ours too")]
+)
+def test_an_error_that_passes_is_itself(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    answering(monkeypatch, None)
+    for device in (GPU, torch.device("cpu")):
+        with pytest.raises(type(error)) as caught, told_when_lost(device):
+            raise error
+        assert caught.value is error
 
 
 def test_another_name_is_refused() -> None:
@@ -172,6 +213,7 @@ def test_a_batch_travels_as_one_run_of_aligned_bytes() -> None:
         sequence_rows=torch.tensor([0, 0, 1], dtype=torch.int32),
         block_tables=torch.tensor([[1, 0], [3, 4]], dtype=torch.int32),
         logit_rows=torch.empty(0, dtype=torch.int64),
+        mask_rows=torch.tensor([-1, 0, 63], dtype=torch.int32),
     )
     run = batch.staged(pinned=False)
     there = batch.on(run)

@@ -22,29 +22,33 @@ MAX_FUNCTION_LINES = 60
 
 # A file or folder may import only these parts of moe_runtime (longest prefix wins). Mirrors the README.
 ENGINE_PARTS = {
-    "batch", "chat", "checkpoint", "cli", "config", "detokenizer", "device", "errors", "generation", "hf",
-    "kernels", "kv_cache", "layers", "loader", "model_config", "models", "output", "packed", "quant",
-    "sampling", "scheduler", "sequence", "tokenizer",
+    "absent_experts", "admission", "autotune", "batch", "chat", "checkpoint", "cli", "config", "detokenizer",
+    "device", "drift_policy", "errors", "expert_room", "generation", "graph", "graphs", "hf", "kernels",
+    "kv_cache", "layers", "live_experts", "loader", "lost_mass", "masks", "model_config", "models", "output",
+    "packed", "placement", "plan", "quant", "request_stream", "sampling", "scheduler", "sequence",
+    "tokenizer",
 }  # fmt: skip
 MAY_IMPORT: dict[str, set[str]] = {
     "moe_runtime/errors.py": set(),
     "moe_runtime/config.py": {"errors"},
     "moe_runtime/cli.py": {"errors", "config"},
     "moe_runtime/model_config.py": {"errors", "kernels"},
+    "moe_runtime/plan.py": {"errors"},
+    "moe_runtime/placement.py": {"errors", "plan"},
     "moe_runtime/sequence.py": {"errors", "sampling_params"},
     "moe_runtime/kv_cache.py": {"errors"},
     "moe_runtime/scheduler.py": {"errors", "kv_cache", "sequence", "config"},
     "moe_runtime/kernels/": {"errors", "kernels", "_C"},
-    "moe_runtime/layers/": {"errors", "kernels", "layers", "batch", "model_config"},
+    "moe_runtime/layers/": {"errors", "kernels", "layers", "batch", "model_config", "placement"},
     "moe_runtime/models/": {"errors", "hf", "kernels", "layers", "models", "model_config"},
-    "moe_runtime/quant/": {"batch", "checkpoint", "config", "errors", "kernels", "layers", "loader",
+    "moe_runtime/quant/": {"batch", "checkpoint", "config", "device", "errors", "kernels", "layers", "loader",
                            "model_config", "quant", "tokenizer"},
     "moe_runtime/": ENGINE_PARTS | {"engine", "async_engine", "_C"},
     "experts/": ENGINE_PARTS - {"kernels"} | {"engine", "experts", "kernels"},
     "server/": {"async_engine", "chat", "cli", "config", "engine", "errors", "experts", "sampling", "server",
                 "tokenizer"},
 }  # fmt: skip
-WITHOUT_TORCH = ("errors", "config", "cli", "sequence", "kv_cache", "scheduler")
+WITHOUT_TORCH = ("errors", "config", "cli", "plan", "placement", "sequence", "kv_cache", "scheduler")
 
 
 def _relative(path: Path) -> str:

@@ -152,6 +152,13 @@ def test_temperature_divides_the_logits(row: Any, temperature: float) -> None:
     np.testing.assert_allclose(result, expected, rtol=1e-15)
 
 
+def test_the_largest_temperature_makes_all_allowed_tokens_equally_likely() -> None:
+    params = SamplingParams(temperature=1e300, min_tokens=1)
+    logits = np.asarray([5, 0, 9, -9, 30, 2], dtype=np.float32)
+    drawn = [choose(logits, params, seed, end_ids=[0, 3, 4]) for seed in range(60)]
+    assert set(drawn) == {1, 2, 5} and min(Counter(drawn).values()) >= 10
+
+
 def test_the_smallest_temperature_is_greedy_among_unequal_tokens() -> None:
     logits = np.array([1.0, 3.0, 2.0], dtype=np.float32)
     for temperature in (0.0, 5e-324, 1e-300):

@@ -9,7 +9,7 @@ from worker import arguments, serve  # type: ignore[import-not-found]
 
 import moe_runtime
 from moe_runtime import _C
-from moe_runtime.batch import Batch
+from moe_runtime.batch import Batch, no_masks
 from moe_runtime.config import EngineConfig
 from moe_runtime.engine import Engine
 
@@ -55,6 +55,7 @@ class Ours:
             sequence_rows=sequence_rows.int(),
             block_tables=torch.arange(rows * BLOCKS_PER_SEQUENCE).view(rows, -1).int(),
             logit_rows=torch.arange(1, rows + 1) * count - 1,
+            mask_rows=no_masks(rows * count),
         )
         self.model.forward(batch, self.cache).argmax(-1)
 

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from moe_runtime.errors import ConfigError, IsaUnavailable
-from moe_runtime.kernels import cpu, packing, reference, sampler
+from moe_runtime.kernels import cpu, packing, reference, residence, sampler
 from moe_runtime.kernels.cpu import set_num_threads
+from moe_runtime.kernels.fusions import FusedOperations, Fusions
+from moe_runtime.kernels.meter import RouteMeter
 from moe_runtime.kernels.packed import (
     PackedExperts,
     PackedLinear,
@@ -28,6 +30,7 @@ from moe_runtime.kernels.packed import (
     Weight,
     WeightFormat,
 )
+from moe_runtime.kernels.residence import Residence
 
 __all__ = [
     "OPS",
@@ -35,6 +38,8 @@ __all__ = [
     "PackedExperts",
     "PackedLinear",
     "QuantizedWeight",
+    "Residence",
+    "RouteMeter",
     "RouterSpec",
     "Weight",
     "WeightFormat",
@@ -77,6 +82,8 @@ OPS: Mapping[str, Mapping[str, Operation | TritonOperation]] = MappingProxyType(
         "linear": _row(cpu.linear, reference.linear, "linear"),
         "linear_heads": _row(cpu.linear_heads, reference.linear_heads, "linear"),
         "fused_moe": _row(cpu.fused_moe, reference.fused_moe, "fused_moe"),
+        "expert_moments": _row(cpu.expert_moments, reference.expert_moments, "fused_moe"),
+        "expert_slots": _row(cpu.expert_slots, residence.expert_slots, "residence"),
         "silu_mul": _row(cpu.silu_mul, reference.silu_mul, "linear"),
         "route": _row(cpu.route, reference.route, "router"),
         "rms_norm": _row(cpu.rms_norm, reference.rms_norm, "norm"),
@@ -96,10 +103,12 @@ PACKED_FOR: Mapping[str, str] = MappingProxyType(
         "pack_expert": "fused_moe",
     }
 )
+# These read what another operation reads, so they follow it, too.
+FOLLOWS: Mapping[str, str] = MappingProxyType({**PACKED_FOR, "expert_moments": "fused_moe"})
 
 
 @dataclass(frozen=True)
-class Kernels:
+class Kernels(FusedOperations):
     """The chosen function for each operation; signatures and meanings are those of reference.py."""
 
     backend: str
@@ -110,6 +119,8 @@ class Kernels:
     new_experts: Operation
     pack_expert: Operation
     fused_moe: Operation
+    expert_moments: Operation
+    expert_slots: Operation
     silu_mul: Operation
     route: Operation
     rms_norm: Operation
@@ -119,6 +130,11 @@ class Kernels:
     attention: Operation
     choose_token: Operation | None  # the draw of a token, where there is a faster one than sampling.py's
     device: torch.device = CPU  # where weights, caches and activations live
+    float8: bool = (
+        False  # whether weights are multiplied as published in float8, else they have to be widened
+    )
+    fused: Fusions | None = None  # the backend's own form of FusedOperations
+    sample_rows: Operation | None = None  # tokens chosen where the logits are, else they go to the host
 
     def all_from(self, backend: str) -> bool:
         """Whether every operation is this backend's, cpu or reference, none overridden."""
@@ -141,8 +157,8 @@ def choose(
     wanted = {backend, *overrides.values()}
     if unknown := sorted(wanted - {*BACKENDS}):
         raise ConfigError(f"backend = {unknown[0]!r}, expected one of {', '.join(BACKENDS)}")
-    if unknown := sorted(name for name in overrides if name not in OPS or name in PACKED_FOR):
-        choices = sorted(set(OPS) - set(PACKED_FOR))
+    if unknown := sorted(name for name in overrides if name not in OPS or name in FOLLOWS):
+        choices = sorted(set(OPS) - set(FOLLOWS))
         raise ConfigError(f"no operation {unknown[0]!r} to override, expected one of {choices}")
     if device.type == "cpu":
         fastest = _fastest_on_cpu(wanted)
@@ -155,11 +171,23 @@ def choose(
         return fastest if name == "auto" else name
 
     chosen = {
-        name: _resolved(name, row[resolve(overrides.get(PACKED_FOR.get(name, name), backend))], device)
+        name: _resolved(name, row[resolve(overrides.get(FOLLOWS.get(name, name), backend))], device)
         for name, row in OPS.items()
     }
     chooser = sampler.choose_token if resolve(backend) == "cpu" else None
-    return Kernels(backend=resolve(backend), choose_token=chooser, device=device, **chosen)
+    float8 = all(resolve(overrides.get(name, backend)) == "triton" for name in ("linear", "fused_moe"))
+    everywhere = {resolve(name) for name in wanted}
+    fused = TritonOperation("fusions", "TritonFusions").load()(device) if everywhere == {"triton"} else None
+    on_device = TritonOperation("sampling", "sample_rows").load() if resolve(backend) == "triton" else None
+    return Kernels(
+        backend=resolve(backend),
+        choose_token=chooser,
+        device=device,
+        float8=float8,
+        fused=fused,
+        sample_rows=on_device,
+        **chosen,
+    )
 
 
 def _fastest_on_cpu(wanted: set[str]) -> str:

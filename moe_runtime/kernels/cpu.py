@@ -11,7 +11,9 @@ import torch
 import moe_runtime._C as _C
 from moe_runtime.kernels.cache_rows import row_size
 from moe_runtime.kernels.checks import cache_tag, check, check_dims, check_layout, failure
+from moe_runtime.kernels.meter import RouteMeter
 from moe_runtime.kernels.packed import PackedExperts, PackedLinear, RouterSpec
+from moe_runtime.kernels.residence import Residence
 
 _FLOAT, _INT = torch.float32, torch.int32
 
@@ -67,27 +69,72 @@ def linear_heads(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
 def fused_moe(
     x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor, experts: PackedExperts
 ) -> torch.Tensor:
-    op = "fused_moe"
+    given = _mixture("fused_moe", x, expert_ids, expert_weights, experts)
+    out = torch.empty_like(x)
+    _C.fused_moe(*given, out.data_ptr())
+    return out
+
+
+def expert_moments(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    experts: PackedExperts,
+    counted: torch.Tensor,
+    sums: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    op = "expert_moments"
+    given = _mixture(op, x, expert_ids, expert_weights, experts)
+    counted_at = check(op, "counted", counted, (x.shape[0],), torch.uint8)
+    sums_at = check(op, "sums", sums, (experts.num_experts, experts.hidden), torch.float64)
+    out = torch.empty_like(x)
+    squares = torch.empty(expert_ids.shape, dtype=torch.float64)
+    peaks = torch.empty(expert_ids.shape, dtype=_FLOAT)
+    _C.expert_moments(*given, counted_at, sums_at, out.data_ptr(), squares.data_ptr(), peaks.data_ptr())
+    return out, squares, peaks
+
+
+def _mixture(
+    op: str, x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor, experts: PackedExperts
+) -> tuple[int, ...]:
+    """What csrc/moe.cpp wants of a mixture, but for where the result goes."""
     check_layout(op, experts.layout)
     check_dims(op, "expert_ids", expert_ids, 2)
     tokens, top_k = expert_ids.shape
     x_at = check(op, "x", x, (tokens, experts.hidden))
     ids_at = check(op, "expert_ids", expert_ids, (tokens, top_k), _INT)
     weights_at = check(op, "expert_weights", expert_weights, (tokens, top_k))
-    out = torch.empty(tokens, experts.hidden, dtype=_FLOAT)
-    _C.fused_moe(
+    return (
         x_at, ids_at, weights_at, experts.gate_up.data_ptr(), experts.down.data_ptr(),
         tokens, top_k, experts.hidden, experts.intermediate, experts.num_experts,
-        experts.format.tag, out.data_ptr(),
+        experts.format.tag,
     )  # fmt: skip
-    return out
+
+
+def expert_slots(expert_ids: torch.Tensor, residence: Residence) -> torch.Tensor:
+    op = "expert_slots"
+    check_dims(op, "expert_ids", expert_ids, 2)
+    tokens, top_k = expert_ids.shape
+    num_experts = residence.slot_of.shape[0]
+    ids_at = check(op, "expert_ids", expert_ids, (tokens, top_k), _INT)
+    slot_of_at = check(op, "slot_of", residence.slot_of, (num_experts,), _INT)
+    slots = torch.empty_like(expert_ids)
+    _C.expert_slots(
+        ids_at, tokens, top_k, slot_of_at, num_experts, residence.num_slots, residence.layer, slots.data_ptr()
+    )
+    return slots
 
 
 # --- router, norms, positions -------------------------------------------------------------------------------
 
 
 def route(
-    logits: torch.Tensor, spec: RouterSpec, bias: torch.Tensor | None = None
+    logits: torch.Tensor,
+    spec: RouterSpec,
+    bias: torch.Tensor | None = None,
+    masks: torch.Tensor | None = None,
+    mask_rows: torch.Tensor | None = None,
+    meter: RouteMeter | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_dims("route", "logits", logits, 2)
     tokens, num_experts = logits.shape
@@ -96,12 +143,37 @@ def route(
     bias_at = 0 if bias is None else check("route", "bias", bias, (num_experts,))
     ids = torch.empty(tokens, spec.top_k, dtype=_INT)
     weights = torch.empty(tokens, spec.top_k, dtype=_FLOAT)
+    fence = _fence(tokens, num_experts, masks, mask_rows, meter)
     _C.route(
         logits_at, tokens, num_experts, bias_at, spec.top_k, spec.num_groups, spec.topk_groups,
         spec.scoring == "sigmoid", spec.norm_topk_prob, spec.group_score == "top2_sum",
-        spec.softmax_after_topk, spec.routed_scaling, spec.norm_epsilon, ids.data_ptr(), weights.data_ptr(),
+        spec.softmax_after_topk, spec.routed_scaling, spec.norm_epsilon, *fence, ids.data_ptr(),
+        weights.data_ptr(),
     )  # fmt: skip
     return ids, weights
+
+
+def _fence(
+    tokens: int,
+    num_experts: int,
+    masks: torch.Tensor | None,
+    mask_rows: torch.Tensor | None,
+    meter: RouteMeter | None,
+) -> tuple[int, int, int, int, int]:
+    """Masks, their number, the rows, and the meter's two sums, as csrc/router.cpp wants them."""
+    if masks is None or mask_rows is None:
+        if masks is not mask_rows:
+            raise failure("route", "masks and mask_rows", "both or neither", "one of them")
+        return 0, 0, 0, 0, 0
+    check_dims("route", "masks", masks, 2)
+    count = masks.shape[0]
+    masks_at = check("route", "masks", masks.view(torch.uint8), (count, num_experts), torch.uint8)
+    rows_at = check("route", "mask_rows", mask_rows, (tokens,), _INT)
+    lost_at = outside_at = 0
+    if meter is not None:
+        outside_at = check("route", "outside", meter.outside, (1,), torch.int64)
+        lost_at = 0 if meter.lost is None else check("route", "lost", meter.lost, (tokens,))
+    return masks_at, count, rows_at, lost_at, outside_at
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

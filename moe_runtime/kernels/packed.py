@@ -13,9 +13,11 @@ from moe_runtime.errors import KernelError
 
 # "rows": the checkpoint's own row-major tensor. "panels": csrc/layout.h, 32-column panels of VNNI k-groups.
 Layout = Literal["rows", "panels"]
-Kind = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+Kind = Literal["float32", "bfloat16", "float16", "int8", "int4", "float8"]
 KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "float16", "int8", "int4")  # csrc/layout.h's numbers
 GROUPS = (32, 64, 128)
+FLOAT8_BLOCK = 128  # rows and columns that share a scale
+NOBODY = -2  # the mask row of a row that pads a batch: the Triton router gives it no expert
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class WeightFormat:
     """How the elements of a weight matrix [N, K] are stored.
 
     int8: one scale per row n. int4: one scale per row and ``group`` of k, and a zero point too with ``zeros``
-    (else it is 8). The others are plain numbers.
+    (else it is 8). float8 (e4m3; the Triton kernels alone): one scale per 128 rows and 128 of k, or, with a
+    ``group`` of 0, per row. The others are plain numbers.
     """
 
     kind: Kind
@@ -31,12 +34,14 @@ class WeightFormat:
     zeros: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise KernelError(f"weight format {self.kind!r}, expected one of {', '.join(KINDS)}")
+        if self.kind not in (*KINDS, "float8"):
+            raise KernelError(f"weight format {self.kind!r}, expected one of {', '.join(KINDS)}, float8")
         if self.kind == "int4" and self.group not in GROUPS:
             raise KernelError(f"int4 in groups of {self.group}, expected one of {GROUPS}")
-        if self.kind != "int4" and (self.group or self.zeros):
-            raise KernelError(f"{self.kind} has neither scale groups nor zero points")
+        if self.kind == "float8" and self.group not in (0, FLOAT8_BLOCK):
+            raise KernelError(f"float8 in groups of {self.group}, expected {FLOAT8_BLOCK} or 0")
+        if (self.kind not in ("int4", "float8") and self.group) or (self.kind != "int4" and self.zeros):
+            raise KernelError(f"{self.kind} has no such scale groups or zero points")
 
     @classmethod
     def of(cls, what: torch.dtype | WeightFormat) -> WeightFormat:
@@ -53,13 +58,18 @@ class WeightFormat:
         return self.kind in ("int8", "int4")
 
     @property
+    def is_plain(self) -> bool:
+        """Whether a weight is one tensor of plain numbers."""
+        return self.kind in ("float32", "bfloat16", "float16")
+
+    @property
     def tag(self) -> int:
         """csrc/layout.h's number of this format."""
         return KINDS.index(self.kind) | self.group << 8 | self.zeros << 24
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the plain tensor; of the dequantised one for integers."""
+        """Of the plain tensor; of the dequantised one for integers and float8."""
         plain: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
         return plain.get(self.kind, torch.float32)
 
@@ -68,11 +78,17 @@ class WeightFormat:
         """Of large matrices, scales and zero points included."""
         if self.kind == "int4":
             return 4 + (16 + 8 * self.zeros) / self.group
+        if self.kind == "float8":
+            return 8 + (32 / self.group**2 if self.group else 0)
         return {"float32": 32.0, "int8": 8.0}.get(self.kind, 16.0)
 
     def num_groups(self, k: int) -> int:
         """Scales per row of K = ``k``."""
         return -(-k // self.group) if self.group else 1
+
+    @property
+    def rows_per_scale(self) -> int:
+        return FLOAT8_BLOCK if self.kind == "float8" and self.group else 1
 
     def __str__(self) -> str:
         return f"{self.kind}-g{self.group}{'z' if self.zeros else ''}" if self.group else self.kind
@@ -80,12 +96,13 @@ class WeightFormat:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """One matrix [N, K] in integers, row-major.
+    """One matrix [N, K] in integers or float8, row-major.
 
-    value[n, k] = scales[n, g] * (codes[n, k] - zero[n, g]) with g = k // group.
-    codes uint8 [N, K]: 0 to 15 for int4, 1 to 255 for int8. scales float32 [N, num_groups(K)]; the kernels
-    store an int4 scale as float16 times a power of two of its row, and packing refuses one that this would
-    change. zeros uint8 [N, num_groups(K)], or None: the zero point is 8 (int4) or 128 (int8).
+    value[n, k] = scales[n // r, g] * (codes[n, k] - zero[n, g]) with g = k // group, r = rows_per_scale.
+    codes uint8 [N, K]: 0 to 15 for int4, 1 to 255 for int8; float8_e4m3fn, all finite, for float8.
+    scales float32 [N / r, num_groups(K)], rounded up; the kernels store an int4 scale as float16 times a
+    power of two of its row, and packing refuses one that this would change. zeros uint8 [N, num_groups(K)],
+    or None: the zero point is 8 (int4), 128 (int8) or 0 (float8).
     """
 
     codes: torch.Tensor
@@ -95,12 +112,13 @@ class QuantizedWeight:
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
-        shape = (n, self.format.num_groups(k))
-        if not self.format.is_integer or (self.zeros is not None) != self.format.zeros:
+        shape = (-(-n // self.format.rows_per_scale), self.format.num_groups(k))
+        if self.format.is_plain or (self.zeros is not None) != self.format.zeros:
             raise KernelError(f"quantised weight: format {self.format} does not fit its parts")
         zeros = self.scales if self.zeros is None else self.zeros
         dtypes = (self.codes.dtype, self.scales.dtype, zeros.dtype)
-        wanted = (torch.uint8, torch.float32, torch.float32 if self.zeros is None else torch.uint8)
+        codes = torch.uint8 if self.format.is_integer else torch.float8_e4m3fn
+        wanted = (codes, torch.float32, torch.float32 if self.zeros is None else torch.uint8)
         if self.scales.shape != shape or zeros.shape != shape or dtypes != wanted:
             raise KernelError(f"quantised weight {self.format} [{n}, {k}]: wrong shape or dtype of a part")
 
@@ -111,11 +129,14 @@ class QuantizedWeight:
     def dequantize(self) -> torch.Tensor:
         """float32 [N, K]."""
         n, k = self.codes.shape
-        group = self.format.group or k
+        group, rows = self.format.group or k, self.format.rows_per_scale
+        scales = self.scales if rows == 1 else self.scales.repeat_interleave(rows, dim=0)[:n]
+        scales = scales.repeat_interleave(group, dim=1)[:, :k]
+        if self.format.kind == "float8":
+            return self.codes.float().mul_(scales)
         zero = 128 if self.format.kind == "int8" else 8
         zeros = torch.full_like(self.scales, zero) if self.zeros is None else self.zeros.float()
-        wide = self.codes.float() - zeros.repeat_interleave(group, dim=1)[:, :k]
-        return wide.mul_(self.scales.repeat_interleave(group, dim=1)[:, :k])
+        return (self.codes.float() - zeros.repeat_interleave(group, dim=1)[:, :k]).mul_(scales)
 
 
 Weight: TypeAlias = torch.Tensor | QuantizedWeight

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 
 from moe_runtime.errors import KernelError
 from moe_runtime.kernels.cache_rows import dequantize_rows, quantize_rows
+from moe_runtime.kernels.meter import RouteMeter
 from moe_runtime.kernels.packed import PackedExperts, PackedLinear, QuantizedWeight, RouterSpec, WeightFormat
+from moe_runtime.kernels.reference_choice import best_first, forbidden_experts, in_chosen_groups
 
 # --- linear -------------------------------------------------------------------------------------------------
 
@@ -96,8 +98,36 @@ def fused_moe(
 
     out[t] = sum over slots, in slot order, of weight[t, slot] * expert ids[t, slot] of x[t].
     """
-    num_tokens, top_k = expert_ids.shape
-    slots = x.new_empty(num_tokens, top_k, experts.hidden)
+    slots = _expert_outputs(x, expert_ids, experts)
+    out = torch.zeros_like(x)
+    for slot in range(expert_ids.shape[1]):
+        out += expert_weights[:, slot, None].to(x.dtype) * slots[:, slot]
+    return out
+
+
+def expert_moments(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    experts: PackedExperts,
+    counted: torch.Tensor,
+    sums: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> (``fused_moe``, bit for bit; of each expert's output before its weight the sum of squares, float64
+    [T, top_k], and the largest absolute number, float32 [T, top_k]).
+
+    The outputs of the tokens of ``counted`` (uint8 [T], 0 or 1) are added to ``sums`` float64 [E, H].
+    """
+    slots = _expert_outputs(x, expert_ids, experts)
+    taken = counted.bool()
+    sums.index_add_(0, expert_ids[taken].flatten().long(), slots[taken].flatten(0, 1).double())
+    mixed = fused_moe(x, expert_ids, expert_weights, experts)
+    return mixed, slots.double().square().sum(-1), slots.abs().amax(-1)
+
+
+def _expert_outputs(x: torch.Tensor, expert_ids: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
+    """[T, top_k, H]: what each expert makes of its tokens."""
+    slots = x.new_empty(*expert_ids.shape, experts.hidden)
     for expert_id in expert_ids.unique().tolist():
         if not 0 <= expert_id < experts.num_experts:
             raise KernelError(f"fused_moe: expert id {expert_id}, expected 0 <= id < {experts.num_experts}")
@@ -105,10 +135,7 @@ def fused_moe(
         gate, up = experts.gate_up[expert_id].to(x.dtype)
         hidden = silu_mul(x[rows] @ gate.T, x[rows] @ up.T)
         slots[rows, columns] = hidden @ experts.down[expert_id].to(x.dtype).T
-    out = torch.zeros_like(x)
-    for slot in range(top_k):
-        out += expert_weights[:, slot, None].to(x.dtype) * slots[:, slot]
-    return out
+    return slots
 
 
 # --- router -------------------------------------------------------------------------------------------------
@@ -120,6 +147,7 @@ def route(
     bias: torch.Tensor | None = None,
     masks: torch.Tensor | None = None,
     mask_rows: torch.Tensor | None = None,
+    meter: RouteMeter | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logits [T, E], bias [E] for the choice only -> ids int32 [T, top_k], best first; weights [T, top_k].
 
@@ -129,10 +157,11 @@ def route(
     expert come before those without, and where the chosen groups hold fewer than top_k allowed experts, the
     best allowed ones of the other groups follow: a mask that allows at least top_k experts is never left. One
     that allows fewer is for the caller to refuse; here the lowest forbidden ids fill up, with weight 0.
+    ``meter`` is added to where there are masks.
     """
     num_tokens, num_experts = logits.shape
     spec.check(num_experts)
-    forbidden = _forbidden(num_tokens, num_experts, masks, mask_rows).to(logits.device)
+    forbidden = forbidden_experts(num_tokens, num_experts, masks, mask_rows).to(logits.device)
     lowest, highest = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
     finite = logits.double().nan_to_num(nan=lowest, neginf=lowest, posinf=highest).clamp(lowest, highest)
     fenced = finite.masked_fill(forbidden, -torch.inf)
@@ -146,8 +175,8 @@ def route(
     choice = choice.nan_to_num(nan=lowest, neginf=lowest, posinf=highest).masked_fill(forbidden, -torch.inf)
     level = (~forbidden).int()
     if spec.num_groups > 1:
-        level = level * (1 + _in_chosen_groups(choice, spec))
-    ids = _best_first(level, choice)[:, : spec.top_k]
+        level = level * (1 + in_chosen_groups(choice, spec))
+    ids = best_first(level, choice)[:, : spec.top_k]
 
     if spec.softmax_after_topk:
         weights = fenced.gather(1, ids).softmax(-1).masked_fill(forbidden.gather(1, ids), 0.0)
@@ -156,46 +185,10 @@ def route(
         if spec.norm_topk_prob:
             total = weights.sum(-1, keepdim=True) + spec.norm_epsilon
             weights = weights / torch.where(total > 0, total, 1.0)
+    if meter is not None and masks is not None and mask_rows is not None:
+        meter.add_outside(ids, masks, mask_rows)
+        meter.add_lost(*route(logits, spec, bias), masks, mask_rows)
     return ids.int(), (weights * spec.routed_scaling).to(logits.dtype)
-
-
-def _forbidden(
-    num_tokens: int, num_experts: int, masks: torch.Tensor | None, mask_rows: torch.Tensor | None
-) -> torch.Tensor:
-    """bool [T, E]: the experts that a token may not use."""
-    if masks is None or mask_rows is None:
-        if masks is not mask_rows:
-            raise KernelError("route: masks and mask_rows, expected both or neither")
-        return torch.zeros(num_tokens, num_experts, dtype=torch.bool)
-    if masks.shape[1:] != (num_experts,) or mask_rows.shape != (num_tokens,):
-        raise KernelError(
-            f"route: masks {list(masks.shape)} and mask_rows {list(mask_rows.shape)}, "
-            f"expected [M, {num_experts}] and [{num_tokens}]"
-        )
-    if num_tokens and not -1 <= int(mask_rows.min()) <= int(mask_rows.max()) < masks.shape[0]:
-        raise KernelError(f"route: mask_rows out of range, expected -1 <= row < {masks.shape[0]}")
-    none = torch.zeros(1, num_experts, dtype=torch.bool, device=masks.device)
-    return torch.cat((masks == 0, none))[mask_rows.long()]  # row -1 is the last
-
-
-def _in_chosen_groups(choice: torch.Tensor, spec: RouterSpec) -> torch.Tensor:
-    """int32 [T, E]: 1 for the experts of the ``topk_groups`` best groups; choice is -inf where forbidden."""
-    grouped = choice.view(choice.shape[0], spec.num_groups, choice.shape[1] // spec.num_groups)
-    best = grouped.sort(dim=-1, descending=True, stable=True).values
-    group_scores = best[..., 0]
-    if spec.group_score == "top2_sum" and best.shape[-1] > 1:
-        second = best[..., 1]
-        group_scores = best[..., 0] + second.masked_fill(second == -torch.inf, 0.0)
-    kept = _best_first((best[..., 0] > -torch.inf).int(), group_scores)[:, : spec.topk_groups]
-    chosen = torch.zeros_like(group_scores, dtype=torch.int32).scatter_(1, kept, 1)
-    return chosen.repeat_interleave(grouped.shape[-1], dim=1)
-
-
-def _best_first(level: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The order of each row: by level, then by value, both highest first; ties go to the lowest index."""
-    by_value = value.sort(dim=-1, descending=True, stable=True).indices
-    by_level = level.gather(1, by_value).sort(dim=-1, descending=True, stable=True).indices
-    return by_value.gather(1, by_level)
 
 
 # --- norms and positions ------------------------------------------------------------------------------------

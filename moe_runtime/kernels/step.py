@@ -14,7 +14,9 @@ import torch
 import moe_runtime._C as _C
 from moe_runtime.kernels.cache_rows import row_size
 from moe_runtime.kernels.checks import cache_tag, check, check_layout, failure
+from moe_runtime.kernels.meter import RouteMeter
 from moe_runtime.kernels.packed import PackedExperts, PackedLinear, RouterSpec, WeightFormat
+from moe_runtime.kernels.residence import Residence
 
 _INT, _LONG = torch.int32, torch.int64
 
@@ -91,23 +93,44 @@ class Descriptors:
         spec: RouterSpec = RouterSpec(top_k=1),  # noqa: B008 (frozen)
         router: Any = None,
         selection_bias: torch.Tensor | None = None,
+        masks: torch.Tensor | None = None,
+        residence: Residence | None = None,
     ) -> Any:
-        """Routed experts, or with no ``router`` one expert that every token visits with weight 1."""
+        """Routed experts, or with no ``router`` one expert that every token visits with weight 1.
+
+        masks uint8 [M, E]: which experts a scenario may use; its values may change between steps. With a
+        ``residence`` of E experts, ``experts`` are those that are in memory.
+        """
         check_layout("step", experts.layout)
-        spec.check(experts.num_experts)
+        num_experts = experts.num_experts if residence is None else residence.slot_of.shape[0]
+        spec.check(num_experts)
         self.tensors += [experts.gate_up, experts.down]
+        num_masks = 0 if masks is None else masks.shape[0]
+        masks_at = 0
+        if masks is not None:
+            masks_at = self._address("masks", masks, (num_masks, num_experts), torch.uint8)
         return _C.Mixture(
             **({} if router is None else {"router": router}),
-            selection_bias=self._floats("selection_bias", selection_bias, experts.num_experts),
+            selection_bias=self._floats("selection_bias", selection_bias, num_experts),
             rules=_C.RouterRules(
                 top_k=spec.top_k, num_groups=spec.num_groups, topk_groups=spec.topk_groups,
                 sigmoid=spec.scoring == "sigmoid", normalise=spec.norm_topk_prob,
                 top2_sum=spec.group_score == "top2_sum", softmax_after_topk=spec.softmax_after_topk,
                 routed_scaling=spec.routed_scaling, norm_epsilon=spec.norm_epsilon,
             ),
-            gate_up=experts.gate_up.data_ptr(), down=experts.down.data_ptr(),
-            num_experts=experts.num_experts, hidden=experts.hidden, intermediate=experts.intermediate,
+            masks=masks_at, num_masks=num_masks, gate_up=experts.gate_up.data_ptr(), down=experts.down.data_ptr(),
+            num_experts=num_experts, hidden=experts.hidden, intermediate=experts.intermediate,
             format=experts.format.tag,
+            **({} if residence is None else {"residence": self._residence(residence, experts)}),
+        )  # fmt: skip
+
+    def _residence(self, residence: Residence, experts: PackedExperts) -> Any:
+        if residence.num_slots != experts.num_experts:
+            raise failure("step", "experts", f"{residence.num_slots} in memory", experts.num_experts)
+        num_experts = residence.slot_of.shape[0]
+        return _C.Residence(
+            slot_of=self._address("slot_of", residence.slot_of, (num_experts,), _INT),
+            num_experts=num_experts, num_slots=residence.num_slots, layer=residence.layer,
         )  # fmt: skip
 
 
@@ -130,9 +153,11 @@ class StepProgram:
         sequence_rows: torch.Tensor,
         block_tables: torch.Tensor,
         logit_rows: torch.Tensor,
+        mask_rows: torch.Tensor,
+        meter: RouteMeter | None = None,
     ) -> torch.Tensor:
         """Logits float32 [R, V]. Shapes and dtypes are those of batch.py's Batch; KernelError for others, and
-        for values out of range.
+        for values out of range. ``meter`` is added to, its ``lost`` by all layers but the last.
         """
         tokens, rows = token_ids.shape[0], logit_rows.shape[0]
         sequences, max_blocks = block_tables.shape
@@ -144,9 +169,17 @@ class StepProgram:
             check("step", "sequence_rows", sequence_rows, (tokens,), _INT),
             check("step", "block_tables", block_tables, (sequences, max_blocks), _INT),
             check("step", "logit_rows", logit_rows, (rows,), _LONG),
-            tokens, sequences, max_blocks, rows, logits.data_ptr(),
+            check("step", "mask_rows", mask_rows, (tokens,), _INT),
+            tokens, sequences, max_blocks, rows, *_meter_addresses(meter, tokens), logits.data_ptr(),
         )  # fmt: skip
         return logits
+
+
+def _meter_addresses(meter: RouteMeter | None, tokens: int) -> tuple[int, int]:
+    if meter is None:
+        return 0, 0
+    lost = 0 if meter.lost is None else check("step", "lost", meter.lost, (tokens,), torch.float32)
+    return lost, check("step", "outside", meter.outside, (1,), _LONG)
 
 
 def step_program(

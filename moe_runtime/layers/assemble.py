@@ -42,7 +42,7 @@ def _block(config: ModelConfig, kernels: Kernels, names: ModelNames, layer: int)
         attention_norm=RmsNorm(kernels, f"{prefix}.{names.attention_norm}", hidden, eps),
         attention=_attention(config, kernels, names, prefix),
         mlp_norm=RmsNorm(kernels, f"{prefix}.{names.mlp_norm}", hidden, eps),
-        mlp=MoeMlp(kernels, config.moe, hidden, prefix, names.moe)
+        mlp=MoeMlp(kernels, config.moe_of(layer), hidden, prefix, names.moe)
         if config.moe_layers[layer]
         else DenseMlp(kernels, hidden, config.intermediate_size, f"{prefix}.{names.dense}"),
     )

@@ -85,12 +85,12 @@ class Attention:
         value = value.view(-1, config.num_kv_heads, config.head_dim)
         if config.qk_norm == "head":
             query, key = self._normed(query, key)
-        # 2. Turned by their positions.
-        query = kernels.rope(query, rotation.cos, rotation.sin, batch.positions, rotation.interleaved)
-        key = kernels.rope(key, rotation.cos, rotation.sin, batch.positions, rotation.interleaved)
-        # 3. Into the cache, then attention over it: a token sees itself and everything before it.
-        kernels.write_cache(cache.keys, key, batch.slots)
+        # 2. Queries and keys turned by their positions; keys and values into the cache.
+        turn = (rotation.cos, rotation.sin, batch.positions, rotation.interleaved)
+        query = kernels.rope(query, *turn)
+        kernels.rope_write_cache(key, *turn, cache.keys, batch.slots)
         kernels.write_cache(cache.values, value, batch.slots)
+        # 3. Attention over it: a token sees itself and everything before it.
         mixed = kernels.attention(
             query,
             cache.keys,

@@ -12,9 +12,10 @@ from typing import Protocol
 import torch
 
 from moe_runtime.batch import Batch
-from moe_runtime.kernels import Kernels
+from moe_runtime.kernels import Kernels, RouteMeter
 from moe_runtime.layers.cache import Cache, LayerCache
 from moe_runtime.layers.linear import Embedding, Linear, Rows, TiedHead
+from moe_runtime.layers.moe import Fence, MoeMlp
 from moe_runtime.layers.norm import RmsNorm
 from moe_runtime.layers.program import build_program
 from moe_runtime.layers.rope import Rotation, build_rotation
@@ -32,7 +33,9 @@ class AttentionLayer(Protocol):
 
 
 class MlpLayer(Protocol):
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, norm: RmsNorm, fence: Fence | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
     def slots(self) -> Iterator[Slot]: ...
 
 
@@ -84,14 +87,17 @@ class Decoder:
                 kernels, config.hidden_size, [Rows(names.head, config.vocab_size)], part="lm_head"
             )
 
-    def forward(self, batch: Batch, cache: Cache) -> torch.Tensor:
+    def forward(self, batch: Batch, cache: Cache, meter: RouteMeter | None = None) -> torch.Tensor:
         """Logits float32 [R, V] of the R rows in ``batch.logit_rows``; fills the cache for all T tokens.
+
+        ``meter``, on the kernels' device, is told what masks did: ``lost`` by all layers but the last one,
+        which sees the rows with logits alone.
 
         A row's logits do not depend on the other rows. T = 0 is not a batch. The batch may be on the CPU; the
         logits are on the kernels' device.
         """
         if cache.program is None:
-            return self._forward(batch, cache)
+            return self._forward(batch, cache, meter)
         return cache.program.run(
             batch.token_ids,
             batch.positions,
@@ -99,31 +105,46 @@ class Decoder:
             batch.sequence_rows,
             batch.block_tables,
             batch.logit_rows,
+            batch.mask_rows,
+            meter,
         )
 
     @torch.inference_mode()
-    def _forward(self, batch: Batch, cache: Cache) -> torch.Tensor:
+    def _forward(self, batch: Batch, cache: Cache, meter: RouteMeter | None = None) -> torch.Tensor:
         """What ``cache.program`` computes, layer by layer: to be read, and for other kernels."""
         batch = batch.to(self._kernels.device)
         rows = batch.logit_rows
+        fence = Fence(batch.mask_rows, meter)
         # 1. Tokens to vectors; the residual stream is float32 from here on.
         residual = self.embedding(batch.token_ids)
-        update: torch.Tensor | None = None
-        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
+        normed = self.blocks[0].attention_norm(residual)
+        next_norms = (*(block.attention_norm for block in self.blocks[1:]), self.norm)
+        for block, layer_cache, next_norm in zip(self.blocks, cache.layers, next_norms, strict=True):
             # 2. Each token gathers from its past.
-            normed, residual = block.attention_norm.add(update, residual)
             update = block.attention(normed, batch, layer_cache, cache.rotation)
             # 3. After the last layer's attention only the rows we want logits for still matter.
-            if block is self.blocks[-1] and len(rows) < len(residual):  # they are ascending: else all are
-                update, residual = update.index_select(0, rows), residual.index_select(0, rows)
+            if block is self.blocks[-1]:
+                fence = fence.select(rows)
+                if len(rows) < len(residual):  # they are ascending: else all are wanted
+                    update, residual = update.index_select(0, rows), residual.index_select(0, rows)
                 if not len(rows):
                     return update.new_empty(0, self.config.vocab_size)
             # 4. Each token on its own passes through its experts.
             normed, residual = block.mlp_norm.add(update, residual)
-            update = block.mlp(normed)
+            normed, residual = block.mlp.add_norm(normed, residual, next_norm, fence)
         # 5. Vectors to logits.
-        normed, residual = self.norm.add(update, residual)
         return self.head(normed)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._kernels.device
+
+    def mixtures(self) -> Iterator[tuple[int, MoeMlp]]:
+        """The layers that have a router, with their numbers."""
+        for number, block in enumerate(self.blocks):
+            if isinstance(block.mlp, MoeMlp):
+                yield number, block.mlp
 
     def slots(self) -> Iterator[Slot]:
         """Every tensor the checkpoint must hold, each once."""

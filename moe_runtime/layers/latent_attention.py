@@ -74,14 +74,10 @@ class LatentAttention:
         # 2. The query in latent space; its last columns, like the key's, carry the position.
         plain, turned = query.split_with_sizes([config.qk_nope_head_dim, config.qk_rope_head_dim], 2)
         query = torch.cat((self.absorb(plain.contiguous()), turned), dim=2)
-        query = kernels.rope(
-            query, rotation.cos, rotation.sin, batch.positions, rotation.interleaved, offset=rank
-        )
-        key = kernels.rope(
-            key, rotation.cos, rotation.sin, batch.positions, rotation.interleaved, offset=rank
-        )
-        # 3. Into the cache, attention over it, and back to each head's values.
-        kernels.write_cache(cache.keys, key, batch.slots)
+        turn = (rotation.cos, rotation.sin, batch.positions, rotation.interleaved)
+        query = kernels.rope(query, *turn, offset=rank)
+        kernels.rope_write_cache(key, *turn, cache.keys, batch.slots, offset=rank)
+        # 3. Attention over the cache, and back to each head's values.
         mixed = kernels.attention(
             query,
             cache.keys,

@@ -57,6 +57,7 @@ class Linear:
                 self._write,
                 self._any_float,
                 self._part,
+                float8=self._kernels.float8 and self._part is not None,
                 places=(Place(self, "packed"),),
             )
             if part.bias:
@@ -84,11 +85,14 @@ class Linear:
 
 
 def stack(weights: Sequence[Weight]) -> Weight:
-    """Weights [N_i, K] on top of each other. Where they differ in format, all are widened."""
+    """Weights [N_i, K] on top of each other. Where they differ in format, or rows of two would share a scale,
+    all are widened.
+    """
     if len(weights) == 1:
         return weights[0]
     quantized = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
-    if len(quantized) == len(weights) and len({weight.format for weight in quantized}) == 1:
+    alike = len(quantized) == len(weights) and len({weight.format for weight in quantized}) == 1
+    if alike and not any(weight.shape[0] % weight.format.rows_per_scale for weight in quantized[:-1]):
         zeros = [weight.zeros for weight in quantized if weight.zeros is not None]
         return QuantizedWeight(
             torch.cat([weight.codes for weight in quantized]),

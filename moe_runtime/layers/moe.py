@@ -5,15 +5,19 @@ T tokens, H hidden, I intermediate, E experts, top_k of them per token.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from moe_runtime.errors import CheckpointError
-from moe_runtime.kernels import Kernels, PackedExperts, QuantizedWeight, RouterSpec, Weight, WeightFormat
+from moe_runtime.kernels import Kernels, RouteMeter, RouterSpec
+from moe_runtime.layers.experts import ExpertWeights, TieredExperts, placed_experts
+from moe_runtime.layers.host_link import HostLink
 from moe_runtime.layers.linear import Linear, Rows
+from moe_runtime.layers.norm import RmsNorm
 from moe_runtime.layers.slots import Place, Slot
 from moe_runtime.model_config import MoeConfig
+from moe_runtime.placement import LayerPlacement
+
+MAX_MASKS = 64  # scenarios at once; a row costs one byte per expert of the model
 
 
 @dataclass(frozen=True)
@@ -28,43 +32,19 @@ class MoeNames:
     parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
 
-class ExpertWeights:
-    """The matrices of E gated MLPs in one packed home, allocated when the first of them arrives."""
+@dataclass(frozen=True, eq=False)
+class Fence:
+    """What the rows of a batch may use: ``rows`` int32 [T] names a mask of every layer for each, -1 for none.
+    ``meter`` is told what the masks do.
+    """
 
-    def __init__(self, kernels: Kernels, num_experts: int, hidden: int, intermediate: int) -> None:
-        self._kernels = kernels
-        self._shape = (num_experts, hidden, intermediate)
-        self._allocated = False
-        self.packed: PackedExperts
+    rows: torch.Tensor
+    meter: RouteMeter | None = None
 
-    def slots(self, expert_id: int, prefix: str, parts: tuple[str, str, str]) -> Iterator[Slot]:
-        _, hidden, intermediate = self._shape
-        shapes = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
-        for part, name, shape in zip(("gate", "up", "down"), parts, shapes, strict=True):
-            yield Slot(
-                f"{prefix}.{name}.weight",
-                shape,
-                partial(self._write, expert_id, part),
-                part="experts",
-                expert=(expert_id, part),
-                places=(Place(self, "packed"),),
-            )
-
-    def _write(self, expert_id: int, part: str, weight: Weight) -> None:
-        weight_format = format_of(weight)
-        if not self._allocated:
-            self.packed = self._kernels.new_experts(*self._shape, weight_format)
-            self._allocated = True
-        if weight_format != self.packed.format:
-            raise CheckpointError(
-                f"expert {expert_id}, {part}: {weight_format}, but this layer's first expert is "
-                f"{self.packed.format}; one format per layer is supported"
-            )
-        self._kernels.pack_expert(self.packed, expert_id, part, weight)
-
-
-def format_of(weight: Weight) -> WeightFormat:
-    return weight.format if isinstance(weight, QuantizedWeight) else WeightFormat.of(weight.dtype)
+    def select(self, kept: torch.Tensor) -> "Fence":
+        """Of the rows ``kept``; their lost weight is not measured any more."""
+        meter = None if self.meter is None else RouteMeter(None, self.meter.outside)
+        return Fence(self.rows.index_select(0, kept), meter)
 
 
 class DenseMlp:
@@ -85,13 +65,20 @@ class DenseMlp:
         self.gate = None if gate is None else Linear(kernels, hidden, [Rows(gate, 1)], any_float=True)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts(x, *self._visits(x))
+
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, norm: RmsNorm, fence: Fence | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``norm.add`` of the result for x; ``fence`` changes nothing here."""
+        return self.experts.add_norm(x, *self._visits(x), None, residual, norm)
+
+    def _visits(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every token's expert, which is the only one, and its weight: int32 and float32 [T, 1]."""
         if self.gate is not None:
-            ids, weights = self._kernels.route(self.gate(x), self.GATED, None)
-        else:
-            ids = torch.zeros(x.shape[0], 1, dtype=torch.int32, device=x.device)
-            weights = torch.ones(x.shape[0], 1, device=x.device)
-        result: torch.Tensor = self._kernels.fused_moe(x, ids, weights, self.experts.packed)
-        return result
+            return self._kernels.route_tokens(x, self.gate.packed, self.GATED)
+        ids = torch.zeros(x.shape[0], 1, dtype=torch.int32, device=x.device)
+        return ids, torch.ones(x.shape[0], 1, device=x.device)
 
     def slots(self) -> Iterator[Slot]:
         yield from self.experts.slots(0, self._prefix, self.PARTS)
@@ -103,7 +90,9 @@ class MoeMlp:
     """x [T, H] -> [T, H]: the router picks top_k experts per token; their weighted sum, plus the shared
     expert.
 
-    No token is ever dropped, and a token's result does not depend on the others.
+    No token is ever dropped, and a token's result does not depend on the others. ``masks`` uint8
+    [MAX_MASKS, E] is the layer's part of the model's mask table (masks.py writes it): a token whose row is m
+    chooses among the experts of masks[m] alone. Rows that nobody has written allow all that are in memory.
     """
 
     def __init__(
@@ -116,6 +105,7 @@ class MoeMlp:
     ) -> None:
         self._kernels = kernels
         self.config = config
+        self._hidden = hidden
         self._prefix = prefix
         self._names = names
         self.spec = RouterSpec(
@@ -131,6 +121,9 @@ class MoeMlp:
         gate = Rows(f"{prefix}.{names.gate}", config.num_experts)
         self.router = Linear(kernels, hidden, [gate], any_float=True)
         self.selection_bias: torch.Tensor | None = None
+        self.masks = torch.ones(MAX_MASKS, config.num_experts, dtype=torch.uint8, device=kernels.device)
+        self.placed: LayerPlacement | None = None  # None: every expert is where the kernels compute
+        self.experts: ExpertWeights | TieredExperts
         self.experts = ExpertWeights(kernels, config.num_experts, hidden, config.intermediate_size)
         self.shared: DenseMlp | None = None
         if config.shared_intermediate_size:
@@ -139,15 +132,37 @@ class MoeMlp:
                 kernels, hidden, config.shared_intermediate_size, f"{prefix}.{names.shared}", shared_gate
             )
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        # 1. Which experts, with which weights: ids int32 [T, top_k], weights float32 [T, top_k].
-        expert_ids, weights = self._kernels.route(self.router(x), self.spec, self.selection_bias)
-        # 2. Their weighted sum.
-        mixed: torch.Tensor = self._kernels.fused_moe(x, expert_ids, weights, self.experts.packed)
-        # 3. The expert that everyone visits.
-        if self.shared is not None:
-            mixed += self.shared(x)
-        return mixed
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, norm: RmsNorm, fence: Fence | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``norm.add`` of the mixture's result for x: what follows it in a model is part of the call."""
+        # 1. Which experts, with which weights.
+        expert_ids, weights = self.route(x, fence)
+        # 2. The expert that everyone visits.
+        shared = None if self.shared is None else self.shared(x)
+        # 3. Their weighted sum, and the rest of the way to the next layer.
+        return self.experts.add_norm(x, expert_ids, weights, shared, residual, norm)
+
+    def route(self, x: torch.Tensor, fence: Fence | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, H] -> ids int32 [T, top_k] and their weights float32 [T, top_k], as they are applied."""
+        masks = () if fence is None else (self.masks, fence.rows, fence.meter)
+        routed: tuple[torch.Tensor, torch.Tensor] = self._kernels.route_tokens(
+            x, self.router.packed, self.spec, self.selection_bias, *masks
+        )
+        return routed
+
+    def place(
+        self,
+        placed: LayerPlacement,
+        missed: torch.Tensor,
+        host: tuple[Kernels, HostLink] | None = None,
+    ) -> None:
+        """Say where the experts are to live, before any of them comes; see ``placed_experts``."""
+        self.placed = placed
+        self.masks[:, list(placed.experts("absent"))] = 0
+        self.experts = placed_experts(
+            self._kernels, self._hidden, self.config.intermediate_size, placed, missed, host
+        )
 
     def slots(self) -> Iterator[Slot]:
         yield from self.router.slots()

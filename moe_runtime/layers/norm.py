@@ -22,10 +22,8 @@ class RmsNorm:
         result: torch.Tensor = self._kernels.rms_norm(x, self.weight, self.eps)
         return result
 
-    def add(self, update: torch.Tensor | None, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm(residual + update), residual + update), both [T, H]; no update leaves the residual alone."""
-        if update is None:
-            return self(residual), residual
+    def add(self, update: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(residual + update), residual + update), both [T, H]."""
         result: tuple[torch.Tensor, torch.Tensor]
         result = self._kernels.add_rms_norm(update, residual, self.weight, self.eps)
         return result

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moe_runtime.kernels import step
 from moe_runtime.kernels.step import Descriptors, StepProgram, step_program
 from moe_runtime.layers.attention import Attention
+from moe_runtime.layers.experts import ExpertWeights
 from moe_runtime.layers.latent_attention import LatentAttention
 from moe_runtime.layers.linear import Linear
 from moe_runtime.layers.moe import DenseMlp, MoeMlp
@@ -53,7 +54,10 @@ def _layer(make: Descriptors, block: Block, cache: LayerCache) -> Any:
     if isinstance(block.mlp, MoeMlp):
         moe = block.mlp
         router = _linear(make, moe.router)
-        parts["experts"] = make.mixture(moe.experts.packed, moe.spec, router, moe.selection_bias)
+        if not isinstance(moe.experts, ExpertWeights):
+            raise TypeError("no program for experts in two memories")
+        experts, residence = moe.experts.packed, moe.experts.residence
+        parts["experts"] = make.mixture(experts, moe.spec, router, moe.selection_bias, moe.masks, residence)
         if moe.shared is not None:
             parts["shared"] = _dense(make, moe.shared)
     elif isinstance(block.mlp, DenseMlp):

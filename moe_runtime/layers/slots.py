@@ -30,8 +30,10 @@ class Slot:
                have it, or a published quantised form, which the loader reads.
     part       ``write`` gets the weight in the format that the user chose for this part.
     keep       also receives the tensor, in the checkpoint's precision (an embedding that is the head too).
+    float8     ``write`` takes float8 codes with block scales, too, if all that shares its place comes so.
     matrices   ``write`` gets a list instead: these matrices made of the tensor, each in the part's format.
-    expert     which matrix of PackedExperts it is: the expert's id, and gate, up or down.
+    expert     which matrix of a mixture it is: the expert's id, and gate, up or down.
+    absent     the checkpoint must hold the tensor, and nothing of it is read.
     places     where ``write`` and ``keep`` leave things, so that a packed file can save and restore them.
     """
 
@@ -41,9 +43,11 @@ class Slot:
     any_float: bool = False
     part: Part | None = None
     keep: Callable[[torch.Tensor], None] | None = None
+    float8: bool = False
     matrices: Callable[[torch.Tensor], Sequence[torch.Tensor]] | None = None
     places: tuple[Place, ...] = ()
     expert: tuple[int, str] = (0, "")
+    absent: bool = False
 
 
 def is_separate(packed: torch.Tensor, weight: torch.Tensor) -> bool:

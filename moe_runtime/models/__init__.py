@@ -1,8 +1,10 @@
 """One file per architecture, named as ``model_type`` in config.json and found by that name.
 
 A file has two functions: ``read_config(fields) -> ModelConfig`` and ``build(config, kernels) -> Decoder``,
-and may have ``PUBLISHED_CODE``: the class names its published configs point to with ``auto_map``; we never
-run that code, we implement it, so exactly these are let pass.
+and two constants: ``NAMES``, what the family calls its tensors, and ``NUM_EXPERTS``, what its config calls
+the number of routed experts ("a|b": either name). It may have ``PUBLISHED_CODE``: the class names its
+published configs point to with ``auto_map``; we never run that code, we implement it, so exactly these are
+let pass.
 """
 
 import pkgutil
@@ -13,11 +15,15 @@ from typing import Protocol, cast
 from moe_runtime.errors import CheckpointError
 from moe_runtime.hf_config import Fields
 from moe_runtime.kernels import Kernels
+from moe_runtime.layers.assemble import ModelNames
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.model_config import ModelConfig
 
 
 class Architecture(Protocol):
+    NAMES: ModelNames
+    NUM_EXPERTS: str
+
     def read_config(self, fields: Fields) -> ModelConfig: ...
     def build(self, config: ModelConfig, kernels: Kernels) -> Decoder: ...
 

@@ -28,6 +28,7 @@ PUBLISHED_CODE = frozenset({
     "modeling_bailing_moe_v2.BailingMoeV2ForCausalLM",
 })  # fmt: skip
 
+NUM_EXPERTS = "num_experts"
 NAMES = ModelNames(
     decoder=DecoderNames(embedding="model.word_embeddings"),
     attention=AttentionNames(
@@ -52,7 +53,7 @@ def read_config(fields: Fields) -> ModelConfig:
     fields.expect("score_function", "sigmoid", "Ling 2.0 routes by sigmoid")
     fields.expect("use_rmsnorm", True, "only RMS norms are implemented")
     fields.choice("router_dtype", ("fp32", "float32", "bf16"), "fp32")  # ours is float32 always
-    moe = read_sigmoid_moe(fields, "num_experts", "num_shared_experts", 1.0)
+    moe = read_sigmoid_moe(fields, NUM_EXPERTS, "num_shared_experts", 1.0)
     if not moe.norm_topk_prob:
         raise fields.error("norm_topk_prob", "Ling 2.0 always normalises")
     # The published code does not normalise a single weight, and always shares one width among shared experts.

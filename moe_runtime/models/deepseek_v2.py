@@ -12,7 +12,7 @@ from moe_runtime.hf_shared import (
     width,
 )
 from moe_runtime.kernels import Kernels
-from moe_runtime.layers.assemble import assemble
+from moe_runtime.layers.assemble import ModelNames, assemble
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.model_config import ModelConfig, MoeConfig
 
@@ -22,10 +22,13 @@ PUBLISHED_CODE = frozenset({
     "modeling_deepseek.DeepseekV2ForCausalLM",
 })  # fmt: skip
 
+NUM_EXPERTS = "n_routed_experts"
+NAMES = ModelNames()
+
 
 def read_config(fields: Fields) -> ModelConfig:
     attention = read_latent_attention(fields)
-    num_experts, top_k = read_experts(fields, "n_routed_experts")
+    num_experts, top_k = read_experts(fields, NUM_EXPERTS)
     method = fields.choice("topk_method", ("greedy", "group_limited_greedy"), "greedy")
     groups = read_groups(fields, default=1)
     fields.expect("scoring_func", "softmax", "DeepSeek V2 routes by softmax")
@@ -54,4 +57,4 @@ def read_config(fields: Fields) -> ModelConfig:
 
 
 def build(config: ModelConfig, kernels: Kernels) -> Decoder:
-    return assemble(config, kernels)
+    return assemble(config, kernels, NAMES)

@@ -11,7 +11,7 @@ from moe_runtime.hf_shared import (
     width,
 )
 from moe_runtime.kernels import Kernels
-from moe_runtime.layers.assemble import assemble
+from moe_runtime.layers.assemble import ModelNames, assemble
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.model_config import ModelConfig
 
@@ -20,6 +20,9 @@ PUBLISHED_CODE = frozenset({
     "modeling_deepseek.DeepseekV3Model",
     "modeling_deepseek.DeepseekV3ForCausalLM",
 })  # fmt: skip
+
+NUM_EXPERTS = "n_routed_experts|num_local_experts"
+NAMES = ModelNames()
 
 
 def read_config(fields: Fields) -> ModelConfig:
@@ -32,7 +35,7 @@ def read_config(fields: Fields) -> ModelConfig:
         model_type="deepseek_v3",
         rope=read_rope(fields, attention.qk_rope_head_dim, interleaved=interleaved),
         attention=attention,
-        moe=read_sigmoid_moe(fields, "n_routed_experts|num_local_experts", "n_shared_experts", 2.5),
+        moe=read_sigmoid_moe(fields, NUM_EXPERTS, "n_shared_experts", 2.5),
         moe_layers=layer_pattern(fields),
         intermediate_size=width(fields, "intermediate_size"),
         num_extra_layers=read_extra_layers(fields),
@@ -40,4 +43,4 @@ def read_config(fields: Fields) -> ModelConfig:
 
 
 def build(config: ModelConfig, kernels: Kernels) -> Decoder:
-    return assemble(config, kernels)
+    return assemble(config, kernels, NAMES)

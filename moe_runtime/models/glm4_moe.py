@@ -11,9 +11,12 @@ from moe_runtime.hf_shared import (
     width,
 )
 from moe_runtime.kernels import Kernels
-from moe_runtime.layers.assemble import assemble
+from moe_runtime.layers.assemble import ModelNames, assemble
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.model_config import ModelConfig
+
+NUM_EXPERTS = "n_routed_experts|num_local_experts"
+NAMES = ModelNames()
 
 
 def read_config(fields: Fields) -> ModelConfig:
@@ -30,7 +33,7 @@ def read_config(fields: Fields) -> ModelConfig:
         model_type="glm4_moe",
         rope=read_rope(fields, attention.head_dim, rotary_fraction=0.5),
         attention=attention,
-        moe=read_sigmoid_moe(fields, "n_routed_experts|num_local_experts", "n_shared_experts", 1.0),
+        moe=read_sigmoid_moe(fields, NUM_EXPERTS, "n_shared_experts", 1.0),
         moe_layers=layer_pattern(fields),
         intermediate_size=width(fields, "intermediate_size"),
         num_extra_layers=read_extra_layers(fields),
@@ -38,4 +41,4 @@ def read_config(fields: Fields) -> ModelConfig:
 
 
 def build(config: ModelConfig, kernels: Kernels) -> Decoder:
-    return assemble(config, kernels)
+    return assemble(config, kernels, NAMES)

@@ -17,11 +17,16 @@ from moe_runtime.layers.decoder import Decoder
 from moe_runtime.layers.moe import MoeNames
 from moe_runtime.model_config import ModelConfig, MoeConfig
 
+NUM_EXPERTS = "num_local_experts|num_experts"
+NAMES = ModelNames(
+    moe=MoeNames(gate="block_sparse_moe.gate", experts="block_sparse_moe.experts", parts=("w1", "w3", "w2"))
+)
+
 
 def read_config(fields: Fields) -> ModelConfig:
     refuse_sliding_window(fields, True)
     attention = read_attention(fields)
-    num_experts, top_k = read_experts(fields, "num_local_experts|num_experts")
+    num_experts, top_k = read_experts(fields, NUM_EXPERTS)
     intermediate_size = width(fields, "intermediate_size")
     moe = MoeConfig(num_experts, top_k, intermediate_size, norm_topk_prob=True)
     return read_model(
@@ -36,7 +41,4 @@ def read_config(fields: Fields) -> ModelConfig:
 
 
 def build(config: ModelConfig, kernels: Kernels) -> Decoder:
-    names = MoeNames(
-        gate="block_sparse_moe.gate", experts="block_sparse_moe.experts", parts=("w1", "w3", "w2")
-    )
-    return assemble(config, kernels, ModelNames(moe=names))
+    return assemble(config, kernels, NAMES)

@@ -17,11 +17,14 @@ from moe_runtime.layers.decoder import Decoder
 from moe_runtime.layers.moe import MoeNames
 from moe_runtime.model_config import ModelConfig, MoeConfig
 
+NUM_EXPERTS = "num_experts"
+NAMES = ModelNames(moe=MoeNames(shared="mlp.shared_expert"))
+
 
 def read_config(fields: Fields) -> ModelConfig:
     refuse_sliding_window(fields, fields.flag("use_sliding_window", False))
     attention = read_attention(fields, qkv_bias=fields.flag("qkv_bias", True))
-    num_experts, top_k = read_experts(fields, "num_experts")
+    num_experts, top_k = read_experts(fields, NUM_EXPERTS)
     moe = MoeConfig(
         num_experts=num_experts,
         top_k=top_k,
@@ -42,4 +45,4 @@ def read_config(fields: Fields) -> ModelConfig:
 
 
 def build(config: ModelConfig, kernels: Kernels) -> Decoder:
-    return assemble(config, kernels, ModelNames(moe=MoeNames(shared="mlp.shared_expert")))
+    return assemble(config, kernels, NAMES)

@@ -12,16 +12,19 @@ from moe_runtime.hf_shared import (
     width,
 )
 from moe_runtime.kernels import Kernels
-from moe_runtime.layers.assemble import assemble
+from moe_runtime.layers.assemble import ModelNames, assemble
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.model_config import ModelConfig, MoeConfig
+
+NUM_EXPERTS = "num_experts|num_local_experts"
+NAMES = ModelNames()
 
 
 def read_config(fields: Fields) -> ModelConfig:
     refuse_sliding_window(fields, fields.flag("use_sliding_window", False))
     bias = fields.flag("attention_bias", False)
     attention = read_attention(fields, qkv_bias=bias, output_bias=bias, qk_norm="head")
-    num_experts, top_k = read_experts(fields, "num_experts|num_local_experts")
+    num_experts, top_k = read_experts(fields, NUM_EXPERTS)
     moe = MoeConfig(
         num_experts=num_experts,
         top_k=top_k,
@@ -40,4 +43,4 @@ def read_config(fields: Fields) -> ModelConfig:
 
 
 def build(config: ModelConfig, kernels: Kernels) -> Decoder:
-    return assemble(config, kernels)
+    return assemble(config, kernels, NAMES)

@@ -59,6 +59,12 @@ class Int4Weight:
     def entries(self) -> tuple[TensorEntry, ...]:
         return tuple(self.parts.values())
 
+    @property
+    def format(self) -> WeightFormat:
+        # A larger stored group is several of ours with equal scales.
+        group = self.config.group if self.config.group in (32, 64) else 128
+        return WeightFormat("int4", group, self.config.zeros)
+
     def check(self) -> None:
         num_rows, in_features = self.slot.shape
         if num_rows % 8 or in_features % 8:
@@ -96,14 +102,12 @@ class Int4Weight:
             raise refuse(
                 self.parts[ZEROS], f"a zero point other than {NO_ZERO_POINT}, but config.json says sym"
             )
-        # A larger stored group is several of ours with equal scales.
-        group = config.group if config.group in (32, 64) else 128
-        stored = torch.arange(0, in_features, group) // stored_group
+        stored = torch.arange(0, in_features, self.format.group) // stored_group
         return QuantizedWeight(
             codes,
             scales.t().float()[:, stored].contiguous(),
             zeros[:, stored].contiguous() if config.zeros else None,
-            WeightFormat("int4", group, config.zeros),
+            self.format,
         )
 
     def _check_order(self, checkpoint: Checkpoint, group: int) -> None:

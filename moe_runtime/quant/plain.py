@@ -1,4 +1,4 @@
-"""A weight that is one tensor of the checkpoint. The other files here have the same four members."""
+"""A weight that is one tensor of the checkpoint. The other files here have the same members."""
 
 import math
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ import torch
 
 from moe_runtime.checkpoint import DTYPES, Checkpoint, TensorEntry
 from moe_runtime.errors import CheckpointError
+from moe_runtime.kernels import WeightFormat
 from moe_runtime.layers.slots import Slot
 
 CHECK_ELEMENTS = 1 << 22  # elements looked at together when searching for NaN
@@ -15,7 +16,8 @@ CHECK_ELEMENTS = 1 << 22  # elements looked at together when searching for NaN
 @dataclass(frozen=True)
 class PlainWeight:
     """``entries`` are the tensors it is made of; ``check`` compares them with the slot before anything is
-    read; ``read`` returns the weight, all finite: here a view of the file. Both raise CheckpointError.
+    read; ``read`` returns the weight, all finite and in ``format``: here a view of the file. Both raise
+    CheckpointError.
     """
 
     slot: Slot
@@ -25,6 +27,10 @@ class PlainWeight:
     @property
     def entries(self) -> tuple[TensorEntry, ...]:
         return (self.entry,)
+
+    @property
+    def format(self) -> WeightFormat:
+        return WeightFormat.of(DTYPES[self.entry.dtype])
 
     def check(self) -> None:
         check_shape(self.entry, self.slot.shape)

@@ -121,6 +121,8 @@ def log_probabilities(model: Decoder, texts: Sequence[Sequence[int]]) -> list[to
             sequence_rows=torch.zeros(len(ids), dtype=torch.int32),
             block_tables=torch.arange(num_blocks, dtype=torch.int32).unsqueeze(0),
             logit_rows=positions,
+            # Before the engine lends mask rows out, each allows all experts that are there.
+            mask_rows=torch.zeros(len(ids), dtype=torch.int32),
         )
         result.append(model.forward(batch, model.new_cache(num_blocks, BLOCK_SIZE)).log_softmax(-1))
     return result

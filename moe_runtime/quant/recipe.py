@@ -66,6 +66,11 @@ class Recipe:
         written = widened(weight, dtype) if slot.part is None else self._in_format(slot, weight)
         return Converted(slot, [written], kept)
 
+    def format_of(self, slot: Slot, stored: WeightFormat) -> WeightFormat:
+        """The format in which a slot's weight is kept that is ``stored`` in another."""
+        wanted = self.formats.get(slot.part) if slot.part is not None else None
+        return stored if wanted is None or not stored.is_plain else wanted
+
     def _in_format(self, slot: Slot, weight: Weight) -> Weight:
         wanted = self.formats.get(slot.part) if slot.part is not None else None
         if wanted is None or isinstance(weight, QuantizedWeight):

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from moe_runtime.batch import Batch
+from moe_runtime.batch import Batch, no_masks
 from moe_runtime.errors import CheckpointError, ConfigError, MoeRuntimeError
 from moe_runtime.kernels import Kernels, PackedExperts, PackedLinear, choose
 from moe_runtime.layers.decoder import Decoder
@@ -117,7 +117,7 @@ def _run(model: Decoder, ids: list[int]) -> None:
     positions = torch.arange(len(ids))
     rows = torch.zeros(len(ids), dtype=torch.int32)
     tables = torch.arange(num_blocks, dtype=torch.int32).unsqueeze(0)
-    batch = Batch(torch.tensor(ids), positions.int(), positions, rows, tables, positions)
+    batch = Batch(torch.tensor(ids), positions.int(), positions, rows, tables, positions, no_masks(len(ids)))
     model.forward(batch, model.new_cache(num_blocks, BLOCK_SIZE))
 
 

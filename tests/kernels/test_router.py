@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_runtime.errors import KernelError
-from moe_runtime.kernels import RouterSpec, cpu, reference
+from moe_runtime.kernels import RouteMeter, RouterSpec, cpu, reference
 
 FAMILIES = {
     "qwen3": RouterSpec(8, norm_topk_prob=True),
@@ -101,3 +101,90 @@ def test_rules_that_cannot_hold_are_refused() -> None:
             cpu.route(torch.zeros(1, 8), spec)
     with pytest.raises(KernelError, match="route: bias"):
         cpu.route(torch.zeros(1, 8), RouterSpec(1), torch.zeros(7))
+
+
+# --- scenario masks -----------------------------------------------------------------------------------------
+
+
+def random_masks(count: int, least: int, seed: int) -> torch.Tensor:
+    """uint8 [count, 64], each allowing from ``least`` to all experts."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.zeros(count, 64, dtype=torch.uint8)
+    for mask in masks:
+        size = int(torch.randint(least, 65, (), generator=generator))
+        mask[torch.randperm(64, generator=generator)[:size]] = 1
+    return masks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("least", [0, 8])
+def test_masked_choices_and_the_meter_equal_the_reference(family: str, with_bias: bool, least: int) -> None:
+    generator = torch.Generator().manual_seed(least)
+    logits = torch.randn(300, 64, generator=generator) * 4
+    bias = torch.randn(64, generator=generator) if with_bias else None
+    masks, rows = random_masks(9, least, 1), torch.randint(-1, 9, (300,), generator=generator).int()
+    meters = RouteMeter.zeros(300, logits.device), RouteMeter.zeros(300, logits.device)
+    ids, weights = cpu.route(logits, FAMILIES[family], bias, masks, rows, meters[0])
+    expected_ids, expected_weights = reference.route(logits, FAMILIES[family], bias, masks, rows, meters[1])
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-6, atol=0)
+    assert meters[0].lost is not None
+    torch.testing.assert_close(meters[0].lost, meters[1].lost, rtol=0, atol=2e-6)
+    assert meters[0].lost[rows == -1].abs().max() == 0
+    assert torch.equal(meters[0].outside, meters[1].outside)
+    free = cpu.route(logits, FAMILIES[family], bias)
+    unmasked = rows == -1
+    assert torch.equal(ids[unmasked], free[0][unmasked]) and torch.equal(weights[unmasked], free[1][unmasked])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=60, deadline=None)
+@given(
+    row=st.lists(st.sampled_from(SPECIAL) | st.floats(width=32), min_size=64, max_size=64),
+    seed=st.integers(0, 999),
+)
+def test_no_logits_lead_outside_a_mask(family: str, row: list[float], seed: int) -> None:
+    logits, spec = torch.tensor([row]), FAMILIES[family]
+    masks, meter = random_masks(1, spec.top_k, seed), RouteMeter.zeros(1, logits.device)
+    first = torch.zeros(1, dtype=torch.int32)
+    ids, weights = cpu.route(logits, spec, None, masks, first, meter)
+    assert_valid(ids, 64)
+    assert masks[0, ids[0].long()].all() and meter.outside.item() == 0
+    assert weights.isfinite().all() and meter.lost is not None and 0 <= meter.lost.item() <= 1 + 1e-6
+    assert torch.equal(ids, reference.route(logits, spec, None, masks, first)[0])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "olmoe", "softmax_after", "one"])
+def test_a_masked_router_is_the_router_of_the_kept_experts_to_the_last_bit(family: str) -> None:
+    logits = torch.randn(200, 64, generator=torch.Generator().manual_seed(5)) * 4
+    kept = torch.randperm(64, generator=torch.Generator().manual_seed(6))[:24].sort().values
+    mask = torch.zeros(1, 64, dtype=torch.uint8)
+    mask[0, kept] = 1
+    ids, weights = cpu.route(logits, FAMILIES[family], None, mask, torch.zeros(200, dtype=torch.int32))
+    small_ids, small_weights = cpu.route(logits[:, kept].contiguous(), FAMILIES[family])
+    assert torch.equal(ids, kept[small_ids.long()].int()) and torch.equal(weights, small_weights)
+
+
+def test_the_meter_counts_what_a_mask_of_too_few_experts_lets_through() -> None:
+    masks = torch.zeros(1, 8, dtype=torch.uint8)
+    masks[0, 5] = 1
+    meter = RouteMeter.zeros(2, masks.device)
+    ids, weights = cpu.route(
+        torch.zeros(2, 8), RouterSpec(3), None, masks, torch.tensor([0, -1]).int(), meter
+    )
+    assert ids.tolist() == [[5, 0, 1], [0, 1, 2]] and weights[0].tolist() == [1.0, 0.0, 0.0]
+    assert meter.outside.item() == 2 and meter.lost is not None and meter.lost.tolist() == [1.0, 0.0]
+
+
+def test_wrong_masks_are_refused() -> None:
+    logits, masks = torch.zeros(2, 8), torch.ones(2, 8, dtype=torch.uint8)
+    rows = torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(KernelError, match="masks and mask_rows is one of them, expected both or neither"):
+        cpu.route(logits, RouterSpec(1), None, masks)
+    with pytest.raises(KernelError, match=r"route: mask_rows\[1\] = 2, expected -1 <= row < 2"):
+        cpu.route(logits, RouterSpec(1), None, masks, torch.tensor([0, 2]).int())
+    with pytest.raises(KernelError, match="route: masks"):
+        cpu.route(logits, RouterSpec(1), None, masks[:, :4].contiguous(), rows)
+    with pytest.raises(KernelError, match="route: mask_rows"):
+        cpu.route(logits, RouterSpec(1), None, masks, rows.long())

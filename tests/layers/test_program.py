@@ -17,9 +17,10 @@ from moe_runtime.batch import Batch
 from moe_runtime.config import EngineConfig
 from moe_runtime.engine import Engine
 from moe_runtime.errors import KernelError
-from moe_runtime.kernels import choose
+from moe_runtime.kernels import RouteMeter, choose
 from moe_runtime.layers.cache import Cache
 from moe_runtime.layers.decoder import Decoder
+from moe_runtime.layers.moe import MAX_MASKS
 from moe_runtime.loader import load_model
 from moe_runtime.sampling import SamplingParams
 from moe_runtime.tokenizer import Tokenizer
@@ -57,7 +58,8 @@ def steps(model: Decoder) -> list[Batch]:
     batches: list[Batch] = []
 
     def record(batch: Batch, _: Cache) -> torch.Tensor:
-        batches.append(batch)
+        masks = torch.randint(-1, MAX_MASKS, (len(batch.token_ids),), generator=generator)
+        batches.append(dataclasses.replace(batch, mask_rows=masks.int()))
         return torch.zeros(len(batch.logit_rows), 1)
 
     paged.model = type("Recorder", (), {"forward": staticmethod(record)})()  # type: ignore[assignment]
@@ -69,6 +71,15 @@ def steps(model: Decoder) -> list[Batch]:
     return batches
 
 
+def write_masks(model: Decoder) -> None:
+    """Half of the experts or more in every row of the mask table."""
+    generator = torch.Generator().manual_seed(4)
+    for _, mixture in model.mixtures():
+        num_experts = mixture.config.num_experts
+        for row in mixture.masks:
+            row.zero_()[torch.randperm(num_experts, generator=generator)[: num_experts // 2 + 1]] = 1
+
+
 def new_cache(model: Decoder, in_python: bool = False, kv_dtype: str = "auto") -> Cache:
     cache = model.new_cache(3 * LENGTH // 8, 8, kv_dtype)
     assert cache.program is not None
@@ -76,8 +87,10 @@ def new_cache(model: Decoder, in_python: bool = False, kv_dtype: str = "auto") -
 
 
 def run(model: Decoder, batches: list[Batch], cache: Cache) -> list[torch.Tensor]:
-    """Logits of each step, then the contents of the cache."""
-    logits = [model.forward(batch, cache) for batch in batches]
+    """Logits of each step, what its masks did, then the contents of the cache."""
+    meters = [RouteMeter.zeros(len(batch.token_ids), model.device) for batch in batches]
+    logits = [model.forward(batch, cache, meter) for batch, meter in zip(batches, meters, strict=True)]
+    logits += [part for meter in meters for part in (meter.lost, meter.outside) if part is not None]
     parts = [part for layer in cache.layers for part in (layer.keys, layer.values) if part is not None]
     return logits + parts
 
@@ -91,6 +104,7 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 def test_the_program_and_the_python_layers_agree_to_the_last_bit(tmp_path: Path, case: str) -> None:
     architecture, overrides = CASES[case]
     model = load(tiny_checkpoint(tmp_path, architecture, **overrides), "cpu")
+    write_masks(model)
     batches = steps(model)
     expected = run(model, batches, new_cache(model, in_python=True))
     assert [len(logits) for logits in expected[: len(batches)]] == [2, 0, 3, 1, 61, 3]
@@ -136,6 +150,7 @@ def put(name: str, index: Any, value: int) -> Callable[[Batch], Batch]:
         (put("slots", 96, 1 << 40), r"write_cache: slots\[96\]"),
         (put("sequence_rows", 96, 2), r"attention: sequence_rows\[96\] = 2"),
         (put("block_tables", (0, 0), -1), r"attention: block_tables\[0\]\[0\] = -1"),
+        (put("mask_rows", 2, 64), r"route: mask_rows\[2\] = 64, expected -1 <= row < 64"),
         (put("logit_rows", 1, 97), r"step: logit_rows\[1\] = 97, expected ascending rows below 97"),
         (put("logit_rows", 1, 0), r"step: logit_rows\[1\] = 0"),
         (changed(logit_rows=torch.tensor([-1])), r"step: logit_rows\[0\] = -1"),

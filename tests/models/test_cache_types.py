@@ -7,7 +7,7 @@ import torch
 from model_oracle import load
 from world import tiny_checkpoint
 
-from moe_runtime.batch import Batch
+from moe_runtime.batch import Batch, no_masks
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.tokenizer import Tokenizer
 
@@ -36,6 +36,7 @@ def log_probabilities(model: Decoder, ids: torch.Tensor, kv_dtype: str) -> torch
             sequence_rows=torch.zeros(len(positions)).int(),
             block_tables=torch.arange(num_blocks).int().unsqueeze(0),
             logit_rows=torch.arange(len(positions)),
+            mask_rows=no_masks(len(positions)),
         )
         logits.append(model.forward(batch, cache).double())
     return torch.cat(logits).log_softmax(-1)

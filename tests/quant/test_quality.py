@@ -139,9 +139,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     loads: list[bool] = []
     pack = loader._pack
 
-    def counting(folder: Path, kernels: object, recipe: Recipe) -> object:
+    def counting(folder: Path, kernels: object, recipe: Recipe, room: object) -> object:
         loads.append(bool(recipe.formats))
-        return pack(folder, kernels, recipe)  # type: ignore[arg-type]
+        return pack(folder, kernels, recipe, room)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loader, "_pack", counting)
     return loads
@@ -281,3 +281,5 @@ def test_the_command_prints_a_row_per_format_and_finer_ones_are_nearer(
     assert rows["int4-g128"]["weight_bytes"] < rows["int8"]["weight_bytes"] < rows["float32"]["weight_bytes"]
     assert command.main(["--model", str(tmp_path)]) == 2
     assert "tokenizer.json: cannot be read" in capsys.readouterr().err
+    assert command.main(["--model", str(tmp_path), "--device", "cuda", "--backend", "reference"]) == 2
+    assert "cuda" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """/health, /metrics, the log, and a server whose engine has died."""
 
+import dataclasses
 import json
 import logging
 import time
@@ -9,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from serving import MODEL, ByteTokenizer, FakeEngine, serving, tiny_engine
 
 from moe_runtime.server.service import build_service, describe_model, longest_token
@@ -59,10 +61,47 @@ def test_two_apps_in_one_process_count_apart() -> None:
 def test_a_dead_engine_fails_the_health_check_and_new_requests() -> None:
     with serving(FakeEngine()) as server, httpx.Client(base_url=server.url) as client:
         server.engine.is_alive = False
+        server.engine.refusal = "cuda:0 has failed (CUDA error: illegal memory access)"
         for answer in (client.get("/health"), client.post("/v1/completions", json=BODY)):
             assert answer.status_code == 503
             assert answer.json()["error"]["code"] == "engine_stopped"
+        message = client.get("/health").json()["error"]["message"]
+        assert message == "cuda:0 has failed (CUDA error: illegal memory access); restart the server"
         assert client.get("/v1/models").status_code == 200
+
+
+def test_a_driver_that_fails_for_good_takes_the_server_off_the_road(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = tiny_engine(tmp_path, backend="reference")
+    fault = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with")
+    calls = 0
+
+    def attention(*arguments: Any, go: Any = engine.engine.model.blocks[0].attention, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise fault
+        return go(*arguments, **named)
+
+    def synchronize(_: torch.device) -> None:
+        raise fault
+
+    block = dataclasses.replace(engine.engine.model.blocks[0], attention=attention)
+    monkeypatch.setattr(engine.engine.model, "blocks", (block, *engine.engine.model.blocks[1:]))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with serving(engine) as server, httpx.Client(base_url=server.url) as client:
+        assert client.post("/v1/completions", json=BODY | {"max_tokens": 2}).status_code == 200
+        # From here on the model is on a GPU, as far as the engine can tell.
+        monkeypatch.setattr(type(engine.engine.model), "device", torch.device("cuda", 0))
+        monkeypatch.setattr(logging.getLogger("moe_runtime.async_engine"), "disabled", True)
+        failed = client.post("/v1/completions", json=BODY)
+        assert failed.status_code == 500 and "cuda:0 has failed" in failed.json()["error"]["message"]
+        assert server.wait_until(lambda: not engine.is_alive)
+        for answer in (client.get("/health"), client.post("/v1/completions", json=BODY)):
+            assert answer.status_code == 503
+            message = answer.json()["error"]["message"]
+            assert message.startswith("cuda:0 has failed (CUDA error: an illegal memory access")
 
 
 def test_no_answer_shows_the_inside_of_the_house(caplog: pytest.LogCaptureFixture) -> None:

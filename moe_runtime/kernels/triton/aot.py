@@ -1,6 +1,6 @@
 """Compiles every kernel for every target ahead of time, without a GPU: ``make aot`` writes the table.
 
-    python -m moe_runtime.kernels.triton.aot [--targets sm_90 gfx942] [--kernels fused_moe] [--json FILE]
+    python -m moe_runtime.kernels.triton.aot [--targets sm_90] [--kernels linear] [--cases int4] [--json FILE]
 
 A kernel file lists what it wants compiled as ``AOT_CASES`` (aot_case.py). One row per case and target:
 registers per thread, bytes spilled, shared memory per program. The exit code is 1 if a case does not compile,
@@ -103,9 +103,11 @@ class Row:
         return "; ".join(faults) or "ok"
 
 
-def find_cases(names: Sequence[str], spread: int | None = None) -> list[tuple[str, AotCase]]:
-    """The cases of these modules (default: all kernel files), each with its module; of each kernel only
-    ``spread`` of them, the first and the last and evenly between.
+def find_cases(
+    names: Sequence[str], spread: int | None = None, pattern: str = ""
+) -> list[tuple[str, AotCase]]:
+    """The cases of these modules (default: all kernel files), each with its module, whose kernel and name
+    match ``pattern``; of each kernel only ``spread`` of them, the first and the last and evenly between.
     """
     package = importlib.import_module(PACKAGE)
     if not names:
@@ -117,7 +119,8 @@ def find_cases(names: Sequence[str], spread: int | None = None) -> list[tuple[st
         module = importlib.import_module(f"{PACKAGE}.{name}" if ours else name)
         by_kernel: dict[Any, list[AotCase]] = {}
         for case in getattr(module, "AOT_CASES", ()):
-            by_kernel.setdefault(case.kernel, []).append(case)
+            if re.search(pattern, f"{_kernel_name(case)} {case.name}"):
+                by_kernel.setdefault(case.kernel, []).append(case)
         for listed in by_kernel.values():
             cases += [(name, listed[place]) for place in _evenly(len(listed), spread)]
     return cases
@@ -217,8 +220,11 @@ def compile_all(jobs: Iterable[Job], workers: int) -> Iterator[Row]:
 
 def _row(job: Job) -> Row:
     case = job.case
-    name = str(getattr(case.kernel, "__name__", case.kernel))
-    return Row(job.kernels, name, case.name, job.target, case.num_warps, case.num_stages)
+    return Row(job.kernels, _kernel_name(case), case.name, job.target, case.num_warps, case.num_stages)
+
+
+def _kernel_name(case: AotCase) -> str:
+    return str(getattr(case.kernel, "__name__", case.kernel))
 
 
 def _child(writer: Any, job: Job) -> None:
@@ -262,13 +268,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--spread", type=int, help="only so many of each kernel's cases, evenly over its list"
     )
+    parser.add_argument("--cases", default="", help="only those whose kernel and name match this expression")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="write the table here too")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: kernels would be defined for the interpreter, unset it")
     os.environ.update(TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
-    cases = find_cases(options.kernels, options.spread)
+    cases = find_cases(options.kernels, options.spread, options.cases)
     jobs = [Job(name, case, target) for name, case in cases for target in options.targets]
     rows = []
     print(HEADER)

@@ -6,10 +6,10 @@ splits are merged in their order. That is the same arithmetic whether one progra
 tokens and long texts: they leave each split's sums in memory, and a second kernel merges). So a token has the
 same bits alone, in any chunk and in any company; which form runs depends on the sizes of tensors alone.
 
-T tokens, Hq query heads, Hkv key heads, D widths. int8 caches are not for this backend yet. A token whose
-position is negative or whose sequence does not exist sees nothing and gets zeros: padding of a captured graph
-has position -1. Positions beyond the block table are cut, blocks that the cache does not have read as zeros.
-Where a value in the cache is NaN or infinite, the tokens that see it get NaN or infinity, no other.
+T tokens, Hq query heads, Hkv key heads, D widths. A token whose position is negative or whose sequence does
+not exist sees nothing and gets zeros: padding of a captured graph has position -1. Positions beyond the block
+table are cut, blocks that the cache does not have read as zeros. Where a value in the cache is NaN or
+infinite, the tokens that see it get NaN or infinity, no other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import triton
 
-from moe_runtime.errors import KernelError
+from moe_runtime.kernels.cache_rows import row_size
 from moe_runtime.kernels.checks import check_dims, failure
 from moe_runtime.kernels.triton.aot_case import AotCase
 from moe_runtime.kernels.triton.arguments import PLAIN_DTYPES, check
@@ -121,9 +121,10 @@ def attention(
     constants["SHARED"] = splits[0] is not None
     log2_scale = scale * math.log2(math.e)
     values = None if heads.one_read() else k_cache if v_cache is None else v_cache
+    caches = (k_cache, _scales(k_cache), values, _scales(values))
     attention_kernel[(token_programs, head_programs, shares)](
-        q, k_cache, values, positions, sequence_rows, block_tables, out,
-        *splits, log2_scale, num_tokens, num_sequences, max_blocks, k_cache.shape[0], **constants,
+        q, *caches, positions, sequence_rows, block_tables, out, *splits, log2_scale,
+        num_tokens, num_sequences, max_blocks, k_cache.shape[0], **constants,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     if splits[0] is not None:
@@ -135,6 +136,11 @@ def attention(
     return out
 
 
+def _scales(cache: torch.Tensor | None) -> torch.Tensor | None:
+    """The memory of an int8 cache as the float32 that its scales are."""
+    return cache.view(torch.float32) if cache is not None and cache.dtype is torch.int8 else None
+
+
 def _check(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor | None, positions: torch.Tensor,
     sequence_rows: torch.Tensor, block_tables: torch.Tensor, scale: float, v_dim: int | None,
@@ -142,22 +148,20 @@ def _check(
     for name, tensor, dims in (("q", q, 3), ("k_cache", k_cache, 4), ("block_tables", block_tables, 2)):
         check_dims("attention", name, tensor, dims)
     (num_tokens, num_heads, key_dim), (num_blocks, kv_heads, block_size, _) = q.shape, k_cache.shape
-    if k_cache.dtype is torch.int8:
-        raise KernelError(
-            "attention: k_cache is int8, which the Triton kernels do not read: --kv-dtype bfloat16 or float32"
-        )
     if not kv_heads or num_heads % kv_heads or not num_heads or not key_dim or not block_size:
         raise failure("attention", "q", f"a multiple of {kv_heads} heads", list(q.shape))
     if not (scale > 0 and math.isfinite(scale)):
         raise failure("attention", "scale", "a finite number above 0", scale)
-    value_dim = v_dim or (key_dim if v_cache is None else v_cache.shape[-1])
+    is_int8 = k_cache.dtype is torch.int8
+    value_dim = v_dim or (key_dim if v_cache is None or is_int8 else v_cache.shape[-1])
     if value_dim > key_dim and v_cache is None:
         raise failure("attention", "v_dim", f"at most {key_dim}", value_dim)
     rows = (num_blocks, kv_heads, block_size)
     check("attention", "q", q, q.shape, q.device)
-    check("attention", "k_cache", k_cache, (*rows, key_dim), q.device, PLAIN_DTYPES)
+    key_row, value_row = (row_size(dim, k_cache.dtype) for dim in (key_dim, value_dim))
+    check("attention", "k_cache", k_cache, (*rows, key_row), q.device, (*PLAIN_DTYPES, torch.int8))
     if v_cache is not None:
-        check("attention", "v_cache", v_cache, (*rows, value_dim), q.device, (k_cache.dtype,))
+        check("attention", "v_cache", v_cache, (*rows, value_row), q.device, (k_cache.dtype,))
     integers = (torch.int32,)
     check("attention", "positions", positions, (num_tokens,), q.device, integers)
     check("attention", "sequence_rows", sequence_rows, (num_tokens,), q.device, integers)
@@ -179,7 +183,7 @@ _FORMS = {
     "mixed": (False, True),
     "prefill": (False, False),
 }
-_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8"}
 
 
 def _case(model: str, form: str, dtype: torch.dtype) -> AotCase:
@@ -189,18 +193,19 @@ def _case(model: str, form: str, dtype: torch.dtype) -> AotCase:
     floats = ("q", "out", *(SPLITS if shared else ()))
     integers = ("positions", "sequence_rows", "block_tables")
     caches = ("keys",) if heads.one_read() else ("keys", "values")
+    scales = ("key_scales", "value_scales")[: len(caches) if dtype is torch.int8 else 0]
     sizes = ("num_tokens", "num_sequences", "max_blocks", "num_blocks")
     types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(integers, "*i32") | dict.fromkeys(sizes, "i32")
-    types |= dict.fromkeys(caches, _TYPES[dtype]) | {"scale": "fp32"}
+    types |= dict.fromkeys(caches, _TYPES[dtype]) | dict.fromkeys(scales, "*fp32") | {"scale": "fp32"}
     return AotCase(
         f"{model} {form} {dtype}".replace("torch.", ""),
         attention_kernel,
         {name: types.get(name, "constexpr") for name in attention_kernel.arg_names},
-        {name: None for name in ("values", *SPLITS) if name not in types}
+        {name: None for name in ("key_scales", "values", "value_scales", *SPLITS) if name not in types}
         | heads.constants(one_token, shared),
         tiles.num_warps,
         tiles.num_stages,
-        aligned=(*floats, *integers, *caches),
+        aligned=(*floats, *integers, *caches, *scales),
     )
 
 
@@ -218,7 +223,7 @@ def _merge_case(model: str) -> AotCase:
 
 AOT_CASES = (
     *(_case(model, form, torch.bfloat16) for model in _MODELS for form in _FORMS),
-    *(_case(model, form, dtype) for dtype in (torch.float16, torch.float32)
+    *(_case(model, form, dtype) for dtype in (torch.int8, torch.float16, torch.float32)
       for model in ("qwen3_30b_a3b", "deepseek_v2") for form in ("decode", "prefill")),
     *(_merge_case(model) for model in _MODELS),
 )  # fmt: skip

@@ -42,7 +42,7 @@ def _clear_rows(out, at, rows, VALUE_DIM: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _passes(
-    values, table, start, end, kv_head, num_blocks, KV_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr,
+    values, scales, table, start, end, kv_head, num_blocks, KV_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr,
     HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """In how many passes to take a sequence's tokens: all in one, unless a value that only some of them see
@@ -53,15 +53,15 @@ def _passes(
         for first in range(start, end, BLOCK_N):
             position = first + tl.arange(0, BLOCK_N)
             row, known = cache_rows(table, position, end, kv_head, num_blocks, KV_HEADS, BLOCK_SIZE)
-            all_finite = tl.minimum(all_finite, finite(values, row, known, HALF, VALUE_DIM))
+            all_finite = tl.minimum(all_finite, finite(values, scales, row, known, HALF, VALUE_DIM))
     return tl.where(all_finite == 1, 1, TOKENS)
 
 
 @triton.jit
 def _split(
-    query_low, query_high, query_rest, keys, values, table, begin, end, length, kv_head, num_blocks,
-    scale, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    query_low, query_high, query_rest, keys, key_scales, values, value_scales, table, begin, end, length,
+    kv_head, num_blocks, scale, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Positions begin..end - 1 from a fresh state; row m sees those below length[m]."""
     best = tl.full([query_low.shape[0]], float("-inf"), tl.float32)
@@ -72,7 +72,7 @@ def _split(
         position = start + tl.arange(0, BLOCK_N)
         row, known = cache_rows(table, position, end, kv_head, num_blocks, KV_HEADS, BLOCK_SIZE)
         best, total, low, high = see_tile(
-            query_low, query_high, query_rest, keys, values, row, known,
+            query_low, query_high, query_rest, keys, key_scales, values, value_scales, row, known,
             position[None, :] < length[:, None], scale, best, total, low, high, KEY_DIM, VALUE_DIM,
         )  # fmt: skip
     return best, total, low, high
@@ -89,8 +89,8 @@ def _add_run(out, place, kept, first, ends, next_sums, old, new, total):
 
 @triton.jit
 def _attend(
-    query_low, query_high, query_rest, keys, values, table, lengths, before, at, out,
-    split_best, split_total, split_sums, scale, num_tokens, num_blocks, kv_head, share, shares,
+    query_low, query_high, query_rest, keys, key_scales, values, value_scales, table, lengths, before, at,
+    out, split_best, split_total, split_sums, scale, num_tokens, num_blocks, kv_head, share, shares,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_ROW: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr, SHARED: tl.constexpr,
@@ -105,8 +105,9 @@ def _attend(
     for split in range(share if SHARED else 0, tl.cdiv(longest, SPLIT), shares if SHARED else 1):
         begin = split * SPLIT
         next_best, next_total, low, high = _split(
-            query_low, query_high, query_rest, keys, values, table, begin, tl.minimum(begin + SPLIT, longest),
-            lengths, kv_head, num_blocks, scale, KV_HEADS, KEY_DIM, VALUE_ROW, HALF, BLOCK_SIZE, BLOCK_N,
+            query_low, query_high, query_rest, keys, key_scales, values, value_scales, table, begin,
+            tl.minimum(begin + SPLIT, longest), lengths, kv_head, num_blocks, scale, KV_HEADS, KEY_DIM,
+            VALUE_ROW, HALF, BLOCK_SIZE, BLOCK_N,
         )  # fmt: skip
         seen = lengths > begin
         kept = seen[:, None]
@@ -127,8 +128,8 @@ def _attend(
 
 @triton.jit
 def attention_kernel(
-    q, keys, values, positions, sequence_rows, block_tables, out, split_best, split_total, split_sums,
-    scale, num_tokens, num_sequences, max_blocks, num_blocks,
+    q, keys, key_scales, values, value_scales, positions, sequence_rows, block_tables, out, split_best,
+    split_total, split_sums, scale, num_tokens, num_sequences, max_blocks, num_blocks,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, KEY_HALF: tl.constexpr,
     KEY_REST: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_ROW: tl.constexpr, HALF: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, GROUP_PADDED: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -148,11 +149,12 @@ def attention_kernel(
     at = (token - tile * TOKENS) * HEADS + kv_head * group + head
     q += before * KEY_DIM
     out += before * VALUE_DIM
-    query_low = columns(q, at, real, 0, KEY_HALF, KEY_DIM).to(keys.dtype.element_ty)
-    query_high = columns(q, at, real, KEY_HALF, KEY_HALF, KEY_DIM).to(keys.dtype.element_ty)
+    kind = keys.dtype.element_ty if key_scales is None else tl.bfloat16
+    query_low = columns(q, at, real, 0, KEY_HALF, KEY_DIM).to(kind)
+    query_high = columns(q, at, real, KEY_HALF, KEY_HALF, KEY_DIM).to(kind)
     query_rest = None
     if KEY_REST > 0:
-        query_rest = columns(q, at, real, 2 * KEY_HALF, KEY_REST, KEY_DIM).to(keys.dtype.element_ty)
+        query_rest = columns(q, at, real, 2 * KEY_HALF, KEY_REST, KEY_DIM).to(kind)
     if share == 0:
         _clear_rows(out, at, real & (length == 0), VALUE_DIM, HALF)
 
@@ -165,15 +167,15 @@ def attention_kernel(
         longest = tl.max(lengths)
         common = tl.min(tl.where(lengths > 0, lengths, longest))
         passes = _passes(
-            keys if values is None else values, table, common, longest, kv_head, num_blocks, KV_HEADS,
-            VALUE_ROW, HALF, BLOCK_SIZE, BLOCK_N, TOKENS,
+            keys if values is None else values, key_scales if values is None else value_scales, table, common,
+            longest, kv_head, num_blocks, KV_HEADS, VALUE_ROW, HALF, BLOCK_SIZE, BLOCK_N, TOKENS,
         )  # fmt: skip
         for number in range(passes):
             taken = (passes == 1) | (token - tile * TOKENS == number)
             _attend(
-                query_low, query_high, query_rest, keys, values, table, tl.where(taken, lengths, 0),
-                before, at, out, split_best, split_total, split_sums, scale, num_tokens, num_blocks, kv_head,
-                share, shares,
+                query_low, query_high, query_rest, keys, key_scales, values, value_scales, table,
+                tl.where(taken, lengths, 0), before, at, out, split_best, split_total, split_sums, scale,
+                num_tokens, num_blocks, kv_head, share, shares,
                 HEADS, KV_HEADS, KEY_DIM, VALUE_DIM, VALUE_ROW, HALF, BLOCK_SIZE, BLOCK_N, SPLIT, SHARED,
             )  # fmt: skip
 

@@ -13,6 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moe_runtime.kernels.cache_rows import SCALE_GROUP
+
+GROUP = tl.constexpr(SCALE_GROUP)
+
 
 @triton.jit
 def cache_rows(table, position, end, kv_head, num_blocks, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
@@ -36,17 +40,48 @@ def columns(base, row, known, FIRST: tl.constexpr, PADDED: tl.constexpr, DIM: tl
 
 
 @triton.jit
-def finite(values, row, known, HALF: tl.constexpr, VALUE_DIM: tl.constexpr):
+def cached(
+    cache, scales, row, known, FIRST: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr
+):  # fmt: skip
+    """As ``columns``, of cache rows. Those of an int8 cache (cache_rows.py; ``scales`` is the same memory as
+    float32) are scaled in float32 and rounded once to bfloat16, in which queries are, too.
+    """
+    if scales is None:
+        values = columns(cache, row, known, FIRST, PADDED, DIM)
+    else:
+        codes_size: tl.constexpr = (DIM + 3) // 4 * 4
+        groups: tl.constexpr = (DIM + GROUP - 1) // GROUP
+        row_size: tl.constexpr = codes_size + 4 * groups
+        column = FIRST + tl.arange(0, PADDED)
+        inside = known[:, None] & (column < DIM)[None, :]
+        codes = tl.load(cache + row[:, None] * row_size + column[None, :], mask=inside, other=0)
+        first = scales + row * (row_size // 4) + codes_size // 4 + FIRST // GROUP
+        if PADDED <= GROUP:  # FIRST is a multiple of PADDED
+            scale = tl.load(first, mask=known, other=0.0)
+            wide = codes.to(tl.float32) * scale[:, None]
+        else:
+            shape: tl.constexpr = (row.shape[0], PADDED // GROUP, GROUP)
+            group = tl.arange(0, PADDED // GROUP)
+            inside = known[:, None] & (group < groups - FIRST // GROUP)[None, :]
+            scale = tl.load(first[:, None] + group[None, :], mask=inside, other=0.0)
+            grouped = tl.reshape(codes.to(tl.float32), shape) * scale[:, :, None]
+            wide = tl.reshape(grouped, (row.shape[0], PADDED))
+        values = wide.to(tl.bfloat16)
+    return values
+
+
+@triton.jit
+def finite(values, scales, row, known, HALF: tl.constexpr, VALUE_DIM: tl.constexpr):
     """Whether all values of cache rows ``row`` [N] are finite numbers: 1 or 0."""
-    low = tl.abs(columns(values, row, known, 0, HALF, VALUE_DIM).to(tl.float32)) < float("inf")
-    high = tl.abs(columns(values, row, known, HALF, HALF, VALUE_DIM).to(tl.float32)) < float("inf")
+    low = tl.abs(cached(values, scales, row, known, 0, HALF, VALUE_DIM).to(tl.float32)) < float("inf")
+    high = tl.abs(cached(values, scales, row, known, HALF, HALF, VALUE_DIM).to(tl.float32)) < float("inf")
     return tl.min(tl.min(tl.where(low & high, 1, 0), 1))
 
 
 @triton.jit
 def see_tile(
-    query_low, query_high, query_rest, keys, values, row, known, visible, scale, best, total, low, high,
-    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    query_low, query_high, query_rest, keys, key_scales, values, value_scales, row, known, visible, scale,
+    best, total, low, high, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """Lets the rows see the keys and values of cache rows ``row`` [N]: (best, total, low, high), updated.
 
@@ -55,12 +90,12 @@ def see_tile(
     """
     # 1. Scores. Latents are keys and values at once.
     half: tl.constexpr = query_low.shape[1]
-    key_low = columns(keys, row, known, 0, half, KEY_DIM)
-    key_high = columns(keys, row, known, half, half, KEY_DIM)
+    key_low = cached(keys, key_scales, row, known, 0, half, KEY_DIM)
+    key_high = cached(keys, key_scales, row, known, half, half, KEY_DIM)
     score = tl.dot(query_low, tl.trans(key_low), input_precision="ieee")
     score = tl.dot(query_high, tl.trans(key_high), score, input_precision="ieee")
     if query_rest is not None:
-        key_rest = columns(keys, row, known, 2 * half, query_rest.shape[1], KEY_DIM)
+        key_rest = cached(keys, key_scales, row, known, 2 * half, query_rest.shape[1], KEY_DIM)
         score = tl.dot(query_rest, tl.trans(key_rest), score, input_precision="ieee")
     score = tl.where(visible, score, float("-inf"))
 
@@ -74,8 +109,8 @@ def see_tile(
     if values is None:
         value_low, value_high = key_low, key_high
     else:
-        value_low = columns(values, row, known, 0, low.shape[1], VALUE_DIM)
-        value_high = columns(values, row, known, low.shape[1], low.shape[1], VALUE_DIM)
+        value_low = cached(values, value_scales, row, known, 0, low.shape[1], VALUE_DIM)
+        value_high = cached(values, value_scales, row, known, low.shape[1], low.shape[1], VALUE_DIM)
     weight = weight.to(value_low.dtype)
     low = tl.dot(weight, value_low, low * shrink[:, None], input_precision="ieee")
     high = tl.dot(weight, value_high, high * shrink[:, None], input_precision="ieee")

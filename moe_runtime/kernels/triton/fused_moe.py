@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from moe_runtime.kernels.checks import check_dims, failure
+from moe_runtime.kernels.packed import WeightFormat
 from moe_runtime.kernels.triton.aot_case import AotCase
 from moe_runtime.kernels.triton.arguments import check
 from moe_runtime.kernels.triton.combine import combine, combine_add_norm
@@ -33,12 +34,14 @@ from moe_runtime.kernels.triton.tile_lists import list_tiles
 from moe_runtime.kernels.triton.tiles import (
     GROUP_TILES,
     SMALL_PAIRS,
+    Tile,
     expert_tile,
     launch_options,
     matrix_tiles,
     processors,
+    tuned_size,
 )
-from moe_runtime.kernels.triton.weights import DeviceExperts, DeviceFormat
+from moe_runtime.kernels.triton.weights import DeviceExperts
 
 # --- few pairs ----------------------------------------------------------------------------------------------
 
@@ -166,6 +169,28 @@ def fused_moe_add_norm(
     )
 
 
+def expert_moments(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    experts: DeviceExperts,
+    counted: torch.Tensor,
+    sums: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As reference.expert_moments. All ids must name experts. ``sums`` gets them expert by expert: atomics
+    would add in another order each time.
+    """
+    outputs = expert_rows(x, expert_ids, torch.ones_like(expert_weights), experts)
+    rows = outputs * expert_weights.view(-1, 1)
+    mixed = combine(rows, expert_ids, expert_weights, experts.num_experts, None, None)
+    chosen = expert_ids.view(-1)
+    for expert in range(experts.num_experts):
+        own = (chosen == expert).view_as(expert_ids) & counted.bool().unsqueeze(-1)
+        sums[expert] += outputs[own.view(-1)].double().sum(0)
+    squares = outputs.double().square().sum(-1)
+    return mixed, squares.view_as(expert_weights), outputs.abs().amax(-1).view_as(expert_weights)
+
+
 def expert_rows(
     x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor, experts: DeviceExperts
 ) -> torch.Tensor:
@@ -187,12 +212,17 @@ def expert_rows(
     return out
 
 
+def _tile(experts: DeviceExperts, pairs: int) -> Tile:
+    tuned = experts.tuned.get(tuned_size(pairs))
+    return tuned[0] if tuned else expert_tile(experts.format.kind, pairs, experts.num_experts)
+
+
 def _few_pairs(
     x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: DeviceExperts, out: torch.Tensor
 ) -> None:
     gate_up, down, pairs = experts.gate_up, experts.down, ids.numel()
     hidden, intermediate = experts.hidden, experts.intermediate
-    tile = expert_tile(experts.format.kind, pairs, experts.num_experts)
+    tile = _tile(experts, pairs)
     h = torch.empty(pairs, intermediate, dtype=gate_up.dot_dtype, device=x.device)
     options = launch_options(tile) | {"GROUPED": ids.shape[0] > 1, "PAIRS": SMALL_PAIRS}
     _gate_up_few_kernel[(triton.cdiv(intermediate, tile.rows // 2), pairs)](
@@ -210,7 +240,7 @@ def _many_pairs(
 ) -> None:
     gate_up, down, pairs = experts.gate_up, experts.down, ids.numel()
     hidden, intermediate = experts.hidden, experts.intermediate
-    tile = expert_tile(experts.format.kind, pairs, experts.num_experts)
+    tile = _tile(experts, pairs)
     h = torch.empty(pairs, intermediate, dtype=gate_up.dot_dtype, device=x.device)
     lists = list_tiles(ids, experts.num_experts, tile.tokens)
     listed = (lists.pairs, lists.tiles, lists.num_tiles)
@@ -230,7 +260,7 @@ def _many_pairs(
 # --- ahead of time ------------------------------------------------------------------------------------------
 
 
-def _aot_cases(form: DeviceFormat) -> Iterator[AotCase]:
+def _aot_cases(form: WeightFormat) -> Iterator[AotCase]:
     """Every tile, each way. Qwen3-30B-A3B, OLMoE, DeepSeek-V2-Lite and Mixtral all have an H and I of whole
     steps of the loop; no other size is known to the compiler, so that one case serves them all.
     """

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from moe_runtime.kernels.checks import check_dims, failure
+from moe_runtime.kernels.packed import WeightFormat
 from moe_runtime.kernels.triton.aot_case import AotCase
 from moe_runtime.kernels.triton.arguments import check
 from moe_runtime.kernels.triton.operands import AOT_FORMATS, aot_case, constants_of, operands_of, sizes_of
@@ -30,8 +31,9 @@ from moe_runtime.kernels.triton.tiles import (
     linear_segments,
     linear_tile,
     matrix_tiles,
+    tuned_size,
 )
-from moe_runtime.kernels.triton.weights import DeviceFormat, DeviceLinear, DeviceMatrix
+from moe_runtime.kernels.triton.weights import DeviceLinear, DeviceMatrix
 
 # --- the product --------------------------------------------------------------------------------------------
 
@@ -156,7 +158,8 @@ def _multiply(
     kind = matrix.format.kind
     stride, padded_k = sizes_of(matrix)
     segments = linear_segments(n, padded_k, kind) if heads == 1 else 1
-    tile, split = linear_tile(kind, rows, n, segments)
+    tile, split = matrix.tuned.get(tuned_size(rows)) or linear_tile(kind, rows, n, segments)
+    split = split and segments > 1
     programs = -(-n // tile.rows) * -(-rows // tile.tokens)
     if rows > ROWS_TO_CAST:
         x = x.to(matrix.dot_dtype)
@@ -203,7 +206,7 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 # --- ahead of time ------------------------------------------------------------------------------------------
 
 
-def _linear_cases(form: DeviceFormat) -> Iterator[AotCase]:
+def _linear_cases(form: WeightFormat) -> Iterator[AotCase]:
     """Every tile; K in one sum (a large matrix, heads), and in 4 segments (N = 2048, K = 4096)."""
     for tile in matrix_tiles(form.kind):
         few = tile.tokens <= ROWS_TO_CAST

@@ -12,7 +12,7 @@ import torch
 from moe_runtime.kernels.packed import WeightFormat
 from moe_runtime.kernels.triton.aot_case import AotCase
 from moe_runtime.kernels.triton.tiles import Tile, block_k
-from moe_runtime.kernels.triton.weights import DeviceFormat, DeviceMatrix, Fp8Format, is_plain
+from moe_runtime.kernels.triton.weights import DeviceMatrix
 
 
 def operands_of(matrix: DeviceMatrix) -> tuple[torch.Tensor | None, ...]:
@@ -30,10 +30,10 @@ def constants_of(matrix: DeviceMatrix, tile: Tile) -> dict[str, Any]:
     return constants_for(matrix.format, matrix.in_features, tile)
 
 
-def constants_for(form: DeviceFormat, in_features: int, tile: Tile) -> dict[str, Any]:
+def constants_for(form: WeightFormat, in_features: int, tile: Tile) -> dict[str, Any]:
     size = block_k(form.kind)
     return {
-        "KIND": "plain" if is_plain(form) else form.kind,
+        "KIND": "plain" if form.is_plain else form.kind,
         "GROUP": form.group,
         "EVEN_K": in_features % size == 0,
         "BLOCK_K": size,
@@ -44,12 +44,12 @@ def constants_for(form: DeviceFormat, in_features: int, tile: Tile) -> dict[str,
 
 # --- ahead of time ------------------------------------------------------------------------------------------
 
-AOT_FORMATS: tuple[DeviceFormat, ...] = (
+AOT_FORMATS: tuple[WeightFormat, ...] = (
     WeightFormat("bfloat16"),
     WeightFormat("int4", 128),
     WeightFormat("int8"),
-    Fp8Format(),
-    Fp8Format(blocks=False),
+    WeightFormat("float8", 128),
+    WeightFormat("float8"),
     WeightFormat("float16"),
     WeightFormat("float32"),
     WeightFormat("int4", 128, True),
@@ -74,7 +74,7 @@ _ALIGNED = ("hidden", "intermediate", "N", "K", "stride", "padded_k", "x_stride"
 
 
 def aot_case(
-    detail: str, kernel: Any, form: DeviceFormat, tile: Tile, rounded: bool, **values: Any
+    detail: str, kernel: Any, form: WeightFormat, tile: Tile, rounded: bool, **values: Any
 ) -> AotCase:
     """``kernel`` for one tile and format, with K a whole number of steps, as it is in every model we know.
     ``rounded``: activations come in what they are multiplied in, not in float32.
@@ -88,14 +88,14 @@ def aot_case(
     return AotCase(f"{form} {detail}", kernel, signature, values, tile.num_warps, tile.num_stages, aligned)
 
 
-def _matrix_types(form: DeviceFormat) -> dict[str, str]:
+def _matrix_types(form: WeightFormat) -> dict[str, str]:
     """Of ``operands_of``, without what the format lacks."""
-    blocks = isinstance(form, Fp8Format) and form.blocks
+    blocks = form.kind == "float8" and form.group > 0
     types = {"data": f"*{_SHORT.get(form.kind, 'i32')}"}
     if form.kind == "int4" or blocks:
         types["scales"] = "*fp32" if blocks else "*fp16"
-    if isinstance(form, WeightFormat) and form.zeros:
+    if form.zeros:
         types["zeros"] = "*u8"
-    if not is_plain(form) and not blocks:
+    if not form.is_plain and not blocks:
         types["row_scales"] = "*fp32"
     return types

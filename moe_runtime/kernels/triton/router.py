@@ -9,7 +9,8 @@ needs a token's bits not to depend on its neighbours has to use the same one for
 
 T tokens, E experts, H hidden, M masks. The choice itself is in router_rows.py; what it means, with groups,
 bias and masks, in reference.route. A mask row other than -1 that is out of range cannot raise here: it
-forbids everything, so ids are 0..top_k-1 and weights 0.
+forbids everything, so ids are 0..top_k-1 and weights 0. The mask row NOBODY pads a captured batch: its ids
+are -1, which no expert's weights are read for.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_runtime.errors import KernelError
 from moe_runtime.kernels.checks import check_dims
+from moe_runtime.kernels.meter import RouteMeter
 from moe_runtime.kernels.packed import RouterSpec
 from moe_runtime.kernels.triton.aot_case import AotCase
 from moe_runtime.kernels.triton.arguments import PLAIN_DTYPES, check
+from moe_runtime.kernels.triton.router_arguments import checked_masks, checked_sums, new_results
 from moe_runtime.kernels.triton.router_rows import expert_tile, model_rules, route_rows
 from moe_runtime.kernels.triton.tiles import (
     BLOCK_TOKENS,
@@ -44,7 +46,7 @@ VARYING = ("num_tokens", "num_masks")  # from step to step: their values must no
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=["mask_rows"])
 def _route_kernel(
-    logits, bias, masks, mask_rows, ids, weights, num_tokens, num_masks, ROWS: tl.constexpr,
+    logits, bias, masks, mask_rows, ids, weights, lost, outside, num_tokens, num_masks, ROWS: tl.constexpr,
     NUM_EXPERTS: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr,
     SIZE_PADDED: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr, TOP_K: tl.constexpr,
     SIGMOID: tl.constexpr, BY_LOGIT: tl.constexpr, SOFTMAX_AFTER: tl.constexpr, NORMALISE: tl.constexpr,
@@ -55,9 +57,9 @@ def _route_kernel(
     at = tokens[:, None, None].to(tl.int64) * NUM_EXPERTS + index
     tile = tl.load(logits + at, mask=real & (tokens[:, None, None] < num_tokens), other=0.0)
     route_rows(
-        tile, tokens, index, real, bias, masks, mask_rows, ids, weights, None, num_tokens, num_masks,
-        NUM_EXPERTS, NUM_GROUPS, TOPK_GROUPS, TOP2, TOP_K, SIGMOID, BY_LOGIT, SOFTMAX_AFTER, NORMALISE,
-        EPSILON, SCALING,
+        tile, tokens, index, real, bias, masks, mask_rows, ids, weights, None, lost, outside, num_tokens,
+        num_masks, NUM_EXPERTS, NUM_GROUPS, TOPK_GROUPS, TOP2, TOP_K, SIGMOID, BY_LOGIT, SOFTMAX_AFTER,
+        NORMALISE, EPSILON, SCALING,
     )  # fmt: skip
 
 
@@ -67,19 +69,25 @@ def route(
     bias: torch.Tensor | None = None,
     masks: torch.Tensor | None = None,
     mask_rows: torch.Tensor | None = None,
+    meter: RouteMeter | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [T, E], bias [E], masks [M, E], mask_rows [T] -> ids int32, weights float32, both [T, top_k]."""
+    """logits [T, E], bias [E], masks [M, E], mask_rows [T] -> ids int32, weights float32, both [T, top_k].
+
+    With masks ``meter`` is added to in the same launch, which chooses a second time, without them.
+    """
     check_dims("route", "logits", logits, 2)
     tokens, num_experts = logits.shape
     check("route", "logits", logits, (tokens, num_experts), logits.device)
     rules = model_rules(spec, num_experts, bias is not None)
-    masks, num_masks = _check_rows("route", tokens, num_experts, bias, masks, mask_rows, logits.device)
-    ids, weights = _results(tokens, spec.top_k, logits.device)
+    masks, num_masks = checked_masks("route", tokens, num_experts, bias, masks, mask_rows, logits.device)
+    lost, outside = checked_sums("route", tokens, masks, meter, logits.device)
+    ids, weights = new_results(tokens, spec.top_k, logits.device)
     if tokens:
         rows = rows_per_program(rules["GROUPS_PADDED"] * rules["SIZE_PADDED"])
         _route_kernel[(triton.cdiv(tokens, rows),)](
-            logits, bias, masks, mask_rows, ids, weights, tokens, num_masks, rows, **rules, num_warps=4
-        )
+            logits, bias, masks, mask_rows, ids, weights, lost, outside, tokens, num_masks, rows, **rules,
+            num_warps=4,
+        )  # fmt: skip
     return ids, weights
 
 
@@ -89,8 +97,8 @@ def route(
 @triton.jit
 def _partial_logits(
     x, weight, partials, first_token, num_tokens, expert_block, split,
-    NUM_EXPERTS: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, HIDDEN: tl.constexpr, STRIDE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """One piece of the product: [BLOCK_T, BLOCK_E] over SPLIT_K of the hidden dimensions."""
     tokens = first_token + tl.arange(0, BLOCK_T)
@@ -105,7 +113,7 @@ def _partial_logits(
             other=0.0,
         )
         rows = tl.load(
-            weight + experts[:, None].to(tl.int64) * HIDDEN + k[None, :],
+            weight + experts[:, None].to(tl.int64) * STRIDE + k[None, :],
             mask=chosen[:, None] & (k < HIDDEN)[None, :],
             other=0.0,
         )
@@ -116,9 +124,9 @@ def _partial_logits(
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=["mask_rows"])
 def _route_tokens_kernel(
-    x, weight, bias, masks, mask_rows, partials, arrivals, ids, weights, histogram, num_tokens, num_masks,
-    HIDDEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr, ROWS: tl.constexpr,
+    x, weight, bias, masks, mask_rows, partials, arrivals, ids, weights, histogram, lost, outside,
+    num_tokens, num_masks, HIDDEN: tl.constexpr, STRIDE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, ROWS: tl.constexpr,
     NUM_EXPERTS: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr,
     SIZE_PADDED: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr, TOP_K: tl.constexpr,
     SIGMOID: tl.constexpr, BY_LOGIT: tl.constexpr, SOFTMAX_AFTER: tl.constexpr, NORMALISE: tl.constexpr,
@@ -129,7 +137,7 @@ def _route_tokens_kernel(
     first_token = tl.program_id(1) * BLOCK_T
     _partial_logits(
         x, weight, partials, first_token, num_tokens, tl.program_id(0) // splits, tl.program_id(0) % splits,
-        NUM_EXPERTS, HIDDEN, BLOCK_T, BLOCK_E, BLOCK_K, SPLIT_K,
+        NUM_EXPERTS, HIDDEN, STRIDE, BLOCK_T, BLOCK_E, BLOCK_K, SPLIT_K,
     )  # fmt: skip
 
     # 2. Whoever comes last finds all pieces. The barrier puts the stores of all threads before the one that
@@ -148,8 +156,8 @@ def _route_tokens_kernel(
                 # From the second-level cache: the first may not have seen other processors' stores.
                 logits += tl.load(partials + at, mask=known, other=0.0, cache_modifier=".cg")
             route_rows(
-                logits, tokens, index, real, bias, masks, mask_rows, ids, weights, histogram, num_tokens,
-                num_masks, NUM_EXPERTS, NUM_GROUPS, TOPK_GROUPS, TOP2, TOP_K, SIGMOID, BY_LOGIT,
+                logits, tokens, index, real, bias, masks, mask_rows, ids, weights, histogram, lost, outside,
+                num_tokens, num_masks, NUM_EXPERTS, NUM_GROUPS, TOPK_GROUPS, TOP2, TOP_K, SIGMOID, BY_LOGIT,
                 SOFTMAX_AFTER, NORMALISE, EPSILON, SCALING,
             )  # fmt: skip
 
@@ -163,9 +171,10 @@ def route_tokens(
     mask_rows: torch.Tensor | None = None,
     histogram: bool = False,
     arrivals: torch.Tensor | None = None,
+    meter: RouteMeter | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """x [T, H], router_weight [E, H] -> what ``route`` gives for x @ router_weight.T, and with ``histogram``
-    how often each expert was chosen, int32 [E].
+    """x [T, H], router_weight [E, H], its rows perhaps padded -> what ``route`` gives for
+    x @ router_weight.T, and with ``histogram`` how often each expert was chosen, int32 [E].
 
     ``arrivals``: zeros int32 [NUM_ARRIVALS] that the launch leaves as zeros. A caller that keeps one for each
     stream saves the launch that clears a new one.
@@ -176,10 +185,11 @@ def route_tokens(
     tokens, hidden = x.shape
     num_experts, device = router_weight.shape[0], x.device
     check(op, "x", x, (tokens, hidden), device)
-    check(op, "router_weight", router_weight, (num_experts, hidden), device, PLAIN_DTYPES)
+    check(op, "router_weight", router_weight[:1], (1, hidden), device, PLAIN_DTYPES)
     rules = model_rules(spec, num_experts, bias is not None)
-    masks, num_masks = _check_rows(op, tokens, num_experts, bias, masks, mask_rows, device)
-    ids, weights = _results(tokens, spec.top_k, device)
+    masks, num_masks = checked_masks(op, tokens, num_experts, bias, masks, mask_rows, device)
+    lost, outside = checked_sums(op, tokens, masks, meter, device)
+    ids, weights = new_results(tokens, spec.top_k, device)
     counts = torch.zeros(num_experts, dtype=torch.int32, device=device) if histogram else None
     if arrivals is None:
         arrivals = torch.zeros(NUM_ARRIVALS, dtype=torch.int32, device=device)
@@ -195,52 +205,24 @@ def route_tokens(
             (triton.cdiv(num_experts, tiles.block_experts) * splits, triton.cdiv(rows, BLOCK_TOKENS))
         ](
             x[part], router_weight, bias, masks, None if mask_rows is None else mask_rows[part], partials,
-            arrivals, ids[part], weights[part], counts, rows, num_masks, **_pieces(hidden, tiles), **rules,
+            arrivals, ids[part], weights[part], counts, None if lost is None else lost[part], outside, rows,
+            num_masks, **_pieces(hidden, router_weight.stride(0), tiles), **rules,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     return ids, weights, counts
 
 
-# --- what both need -----------------------------------------------------------------------------------------
-
-
-def _pieces(hidden: int, tiles: RouterTiles) -> dict[str, Any]:
+def _pieces(hidden: int, stride: int, tiles: RouterTiles) -> dict[str, Any]:
     """The constants of the product alone."""
     return {
         "HIDDEN": hidden,
+        "STRIDE": stride,
         "BLOCK_T": BLOCK_TOKENS,
         "BLOCK_E": tiles.block_experts,
         "BLOCK_K": tiles.block_k,
         "SPLIT_K": tiles.split_k,
         "ROWS": tiles.rows,
     }
-
-
-def _check_rows(
-    op: str,
-    tokens: int,
-    num_experts: int,
-    bias: torch.Tensor | None,
-    masks: torch.Tensor | None,
-    mask_rows: torch.Tensor | None,
-    device: torch.device,
-) -> tuple[torch.Tensor | None, int]:
-    """The masks as bytes and how many there are."""
-    if bias is not None:
-        check(op, "bias", bias, (num_experts,), device)
-    if masks is None or mask_rows is None:
-        if masks is not mask_rows:
-            raise KernelError(f"{op}: masks and mask_rows, expected both or neither")
-        return None, 0
-    check_dims(op, "masks", masks, 2)
-    check(op, "masks", masks, (masks.shape[0], num_experts), device, (torch.uint8, torch.bool))
-    check(op, "mask_rows", mask_rows, (tokens,), device, (torch.int32,))
-    return masks.view(torch.uint8), masks.shape[0]
-
-
-def _results(tokens: int, top_k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.empty(tokens, top_k, dtype=torch.int32, device=device)
-    return ids, torch.empty(tokens, top_k, device=device)
 
 
 # --- ahead of time ------------------------------------------------------------------------------------------
@@ -259,35 +241,37 @@ _SPECS = MappingProxyType(
 
 
 def _aot_cases(name: str) -> Iterator[AotCase]:
-    """One model's router with masks, and with a bias where its scores are sigmoids."""
+    """One model's router with masks, and with a bias where its scores are sigmoids; from hidden states also
+    with a meter.
+    """
     num_experts, hidden, spec = _SPECS[name]
     has_bias = spec.scoring == "sigmoid"
     rules = model_rules(spec, num_experts, has_bias)
     padded = rules["GROUPS_PADDED"] * rules["SIZE_PADDED"]
     tiles = router_tiles(padded)
-    absent = {} if has_bias else {"bias": None}
     given = {"bias": "*fp32" if has_bias else "constexpr", "masks": "*u8", "mask_rows": "*i32"}
     results = {"ids": "*i32", "weights": "*fp32"}
     sizes = {"num_tokens": "i32", "num_masks": "i32"}
+    unmetered = {"lost": "constexpr", "outside": "constexpr"}
 
-    arguments = {"logits": "*fp32"} | given | results | sizes
-    yield AotCase(
-        f"route-{name}", _route_kernel, arguments | dict.fromkeys(("ROWS", *rules), "constexpr"),
-        {"ROWS": rows_per_program(padded)} | rules | absent, 4, 1, _pointers(arguments),
-    )  # fmt: skip
-    constants = _pieces(hidden, tiles) | rules
+    def case(
+        kind: str, kernel: Any, arguments: dict[str, str], values: dict[str, Any], stages: int
+    ) -> AotCase:
+        values = values | {key: None for key, kind in arguments.items() if kind == "constexpr"}
+        signature = arguments | dict.fromkeys(values, "constexpr")
+        pointers = tuple(key for key, kind in arguments.items() if kind[0] == "*" and key != "mask_rows")
+        return AotCase(f"{kind}-{name}", kernel, signature, values, 4, stages, pointers)
+
+    arguments = {"logits": "*fp32"} | given | results | unmetered | sizes
+    yield case("route", _route_kernel, arguments, {"ROWS": rows_per_program(padded)} | rules, 1)
+    constants = _pieces(hidden, hidden, tiles) | rules
     for dtype in ("bf16", "fp16", "fp32") if name == "qwen3_moe" else ("bf16",):
-        arguments = {"x": "*fp32", "weight": f"*{dtype}"} | given
-        arguments |= {"partials": "*fp32", "arrivals": "*i32"} | results | {"histogram": "*i32"} | sizes
-        yield AotCase(
-            f"route_tokens-{name}-{dtype}", _route_tokens_kernel,
-            arguments | dict.fromkeys(constants, "constexpr"), constants | absent,
-            tiles.num_warps, tiles.num_stages, _pointers(arguments),
-        )  # fmt: skip
-
-
-def _pointers(arguments: dict[str, str]) -> tuple[str, ...]:
-    return tuple(name for name, kind in arguments.items() if kind[0] == "*" and name != "mask_rows")
+        for meter in (unmetered, {"lost": "*fp32", "outside": "*i64"}) if dtype == "bf16" else (unmetered,):
+            arguments = {"x": "*fp32", "weight": f"*{dtype}"} | given
+            arguments |= {"partials": "*fp32", "arrivals": "*i32"} | results | {"histogram": "*i32"}
+            kind = f"route_tokens-{dtype}{'' if meter is unmetered else '-metered'}"
+            stages = tiles.num_stages
+            yield case(kind, _route_tokens_kernel, arguments | meter | sizes, constants, stages)
 
 
 AOT_CASES = tuple(case for name in _SPECS for case in _aot_cases(name))

@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 
 from moe_runtime.kernels.checks import failure
-from moe_runtime.kernels.packed import RouterSpec
+from moe_runtime.kernels.packed import NOBODY, RouterSpec
 from moe_runtime.kernels.triton.tiles import MAX_EXPERTS, power_of_two
 
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 EXP_MAX = tl.constexpr(709.78265380859375)  # the largest float32 whose exponential is a finite float64
+NOBODY_ROW = tl.constexpr(NOBODY)
 
 
 def model_rules(spec: RouterSpec, num_experts: int, has_bias: bool) -> dict[str, Any]:
@@ -112,9 +113,8 @@ def _chosen_groups(
 
 
 @triton.jit
-def _may(tokens, index, inside, masks, mask_rows, num_tokens, num_masks, NUM_EXPERTS: tl.constexpr):
-    """bool [ROWS, G, S]: what the mask of each token says."""
-    row = tl.load(mask_rows + tokens, mask=tokens < num_tokens, other=-1)[:, None, None]
+def _may(row, index, inside, masks, num_masks, NUM_EXPERTS: tl.constexpr):
+    """bool [ROWS, G, S]: what the mask of each token says, ``row`` [ROWS, 1, 1] of ``masks``."""
     inside = inside & (row >= 0) & (row < num_masks)
     may = tl.load(masks + row.to(tl.int64) * NUM_EXPERTS + index, mask=inside, other=0)
     return (row == -1) | (may != 0)
@@ -140,26 +140,22 @@ def _weights(
 
 
 @triton.jit
-def route_rows(
-    logits, tokens, index, real, bias, masks, mask_rows, ids, weights, histogram, num_tokens, num_masks,
-    NUM_EXPERTS: tl.constexpr, NUM_GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr,
-    TOP_K: tl.constexpr, SIGMOID: tl.constexpr, BY_LOGIT: tl.constexpr, SOFTMAX_AFTER: tl.constexpr,
-    NORMALISE: tl.constexpr, EPSILON: tl.constexpr, SCALING: tl.constexpr,
+def _choose(
+    logits, allowed, real, known, index, bias,
+    NUM_GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr, TOP_K: tl.constexpr,
+    SIGMOID: tl.constexpr, BY_LOGIT: tl.constexpr, SOFTMAX_AFTER: tl.constexpr, NORMALISE: tl.constexpr,
+    EPSILON: tl.constexpr, SCALING: tl.constexpr,
 ):  # fmt: skip
-    """logits [ROWS, G, S] of ``tokens`` [ROWS] -> ids and weights in memory; expert ``index`` is ``real``."""
-    # 1. Finite logits; the race is among the allowed.
-    known = tokens[:, None, None] < num_tokens
-    allowed = real & known
-    if masks is not None:
-        allowed = allowed & _may(tokens, index, allowed, masks, mask_rows, num_tokens, num_masks, NUM_EXPERTS)
-    logits = tl.where(logits > -FLOAT_MAX, tl.minimum(logits, FLOAT_MAX), -FLOAT_MAX)
+    """[ROWS, G, S]: each expert's slot among the winners or -1, and its weight, 0 for all but allowed
+    winners; finite ``logits``, the race among the ``allowed``.
+    """
     wide = logits.to(tl.float64)
     top = tl.max(tl.max(tl.where(allowed, logits, -FLOAT_MAX), 2), 1)[:, None, None].to(tl.float64)
     parts = tl.where(allowed, tl.exp(tl.minimum(wide - top, 0.0)), 0.0)
     total = tl.sum(tl.sum(parts, 2), 1)[:, None, None]
     total = tl.where(total > 0.0, total, 1.0)
 
-    # 2. What the choice is made by, in float32.
+    # 1. What the choice is made by, in float32.
     if BY_LOGIT:
         choice = logits
     else:
@@ -173,19 +169,75 @@ def route_rows(
     ranks = _rank(level, tl.where(allowed, choice, 0.0), index)
     ranks = tl.where(real, ranks, -1)
 
-    # 3. The winners, one after the other. Their places are noted where they stand: rows of places would be
+    # 2. The winners, one after the other. Their places are noted where they stand: rows of places would be
     # held by every thread of a row as a whole.
     place = tl.where(real, -1, -1)
     for slot in range(TOP_K):
         hit = ranks == tl.max(tl.max(ranks, 2), 1)[:, None, None]
         place = tl.where(hit, slot, place)
         ranks = tl.where(hit, -1, ranks)
+    place = tl.where(known, place, -1)
 
-    # 4. Their weights; a forbidden expert has none.
-    won = (place >= 0) & known
-    weight = _weights(wide, top, total, won & allowed, SIGMOID, SOFTMAX_AFTER, NORMALISE, EPSILON, SCALING)
+    # 3. Their weights; a forbidden expert has none.
+    counts = (place >= 0) & allowed
+    return place, _weights(wide, top, total, counts, SIGMOID, SOFTMAX_AFTER, NORMALISE, EPSILON, SCALING)
+
+
+@triton.jit
+def _add_lost(lost, tokens, obeys, allowed, weight, num_tokens):
+    """RouteMeter's ``lost`` of these rows; ``weight``: what the choice without masks gives each expert."""
+    weight = tl.where(obeys, weight, 0.0)
+    total = tl.sum(tl.sum(weight, 2), 1)
+    gone = tl.sum(tl.sum(tl.where(allowed, 0.0, weight), 2), 1)
+    share = tl.where(total > 0.0, gone / tl.where(total > 0.0, total, 1.0), 0.0)
+    inside = tokens < num_tokens
+    before = tl.load(lost + tokens, mask=inside, other=0.0)
+    tl.store(lost + tokens, before + share, mask=inside)
+
+
+@triton.jit
+def route_rows(
+    logits, tokens, index, real, bias, masks, mask_rows, ids, weights, histogram, lost, outside, num_tokens,
+    num_masks, NUM_EXPERTS: tl.constexpr, NUM_GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr,
+    TOP2: tl.constexpr, TOP_K: tl.constexpr, SIGMOID: tl.constexpr, BY_LOGIT: tl.constexpr,
+    SOFTMAX_AFTER: tl.constexpr, NORMALISE: tl.constexpr, EPSILON: tl.constexpr, SCALING: tl.constexpr,
+):  # fmt: skip
+    """logits [ROWS, G, S] of ``tokens`` [ROWS] -> ids and weights in memory; expert ``index`` is ``real``.
+    ``lost`` and ``outside`` are a RouteMeter's, with masks only.
+    """
+    # 1. Finite logits; the race is among the allowed.
+    known = tokens[:, None, None] < num_tokens
+    inside = real & known
+    allowed = inside
+    if masks is not None:
+        row = tl.load(mask_rows + tokens, mask=tokens < num_tokens, other=-1)[:, None, None]
+        allowed = inside & _may(row, index, inside, masks, num_masks, NUM_EXPERTS)
+    logits = tl.where(logits > -FLOAT_MAX, tl.minimum(logits, FLOAT_MAX), -FLOAT_MAX)
+
+    # 2. The choice without masks, for what they take away. First, so that nothing waits for it in registers.
+    if lost is not None:
+        free_place, free_weight = _choose(
+            logits, inside, real, known, index, bias, NUM_GROUPS, TOPK_GROUPS, TOP2, TOP_K, SIGMOID, BY_LOGIT,
+            SOFTMAX_AFTER, NORMALISE, EPSILON, SCALING,
+        )  # fmt: skip
+        _add_lost(lost, tokens, row != NOBODY_ROW, allowed, free_weight, num_tokens)
+
+    # 3. The choice. A row that pads the batch gets ids of -1.
+    names = index
+    if masks is not None:
+        names = tl.where(row == NOBODY_ROW, -1, index)
+    place, weight = _choose(
+        logits, allowed, real, known, index, bias, NUM_GROUPS, TOPK_GROUPS, TOP2, TOP_K, SIGMOID, BY_LOGIT,
+        SOFTMAX_AFTER, NORMALISE, EPSILON, SCALING,
+    )  # fmt: skip
+    won = place >= 0
     at = tokens[:, None, None].to(tl.int64) * TOP_K + place
-    tl.store(ids + at, index, mask=won)
+    tl.store(ids + at, names, mask=won)
     tl.store(weights + at, weight, mask=won)
     if histogram is not None:
-        tl.atomic_add(histogram + index, 1, mask=won, sem="relaxed")
+        tl.atomic_add(histogram + index, 1, mask=won & (names >= 0), sem="relaxed")
+    if outside is not None:
+        strays = won & (allowed == 0) & (row != NOBODY_ROW)
+        count = tl.sum(tl.sum(tl.sum(strays.to(tl.int32), 2), 1), 0)
+        if count > 0:
+            tl.atomic_add(outside, count.to(tl.int64), sem="relaxed")

@@ -1,12 +1,14 @@
 """Every tile size, warp count and pipeline depth of the Triton kernels, by operation.
 
 They follow from the shapes of weights alone, never from how many tokens there are where a token's bits would
-depend on it: a sum taken in another order is another number. None has been tuned on a GPU yet.
+depend on it: a sum taken in another order is another number. None has been tuned on a GPU yet; what changes
+no bit, ``Tile``, a user may have measured (moe_runtime/autotune.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
@@ -129,6 +131,27 @@ def matrix_tiles(kind: str) -> tuple[Tile, ...]:
     return tuple(_TILES[kind].values())
 
 
+# A tile, and whether segments of K are programs of their own (of dense layers).
+Choice: TypeAlias = tuple[Tile, bool]
+TUNED_SIZES = (16, 64, 256, 1024, 4096)
+
+
+def tuned_size(count: int) -> int:
+    """Which measurement counts for so many rows, or pairs of token and expert: of the next larger size."""
+    return next((size for size in TUNED_SIZES if size >= count), TUNED_SIZES[-1])
+
+
+def candidates(kind: str, size: int) -> tuple[Tile, ...]:
+    """Worth measuring for ``size`` rows or pairs: the tiles above, pipelines one stage more or less deep."""
+    fitting = [tile for tile in matrix_tiles(kind) if tile.tokens <= size]
+    return tuple(
+        replace(tile, num_stages=tile.num_stages + more)
+        for tile in fitting
+        for more in (-1, 0, 1)
+        if tile.num_stages + more >= 2
+    )
+
+
 def launch_options(tile: Tile) -> dict[str, int]:
     """AMD's compiler would otherwise choose its matrix instruction, and with it the order of sums, by the
     shape of the tile.
@@ -219,13 +242,16 @@ ATTENTION_SEQUENCES = 8  # programs that share the sequences of one tile of toke
 def attention_tiles(itemsize: int, key_width: int, value_width: int) -> AttentionTiles:
     """By bytes per cached number and padded widths. 32 rows are what registers have room for on sm_80 (64
     compile without spills on sm_90, with 4 warps). Wide heads, latents and float32, which has no matrix
-    instruction, have less. Three stages: the block table's entry, then keys and values, then their use.
+    instruction, have less; int8 is widened in registers, so that more warps share a tile (not on AMD, where
+    512 threads would have half the registers each). Three stages: the block table's entry, then keys and
+    values, then their use.
     """
     if itemsize == 4:
         return AttentionTiles(16, 16, ATTENTION_SPLIT, num_warps=4, num_stages=1)
+    warps = 8 if itemsize == 1 and torch.version.hip is None else 4
     if max(key_width, value_width) <= 128:
-        return AttentionTiles(32, 64, ATTENTION_SPLIT, num_warps=4, num_stages=3)
-    return AttentionTiles(16, 32, ATTENTION_SPLIT, num_warps=4, num_stages=3)
+        return AttentionTiles(32, 64, ATTENTION_SPLIT, num_warps=warps, num_stages=3)
+    return AttentionTiles(16, 32, ATTENTION_SPLIT, num_warps=warps, num_stages=3)
 
 
 def attention_shares(programs: int, num_splits: int, bytes_per_split: int) -> int:
@@ -241,3 +267,16 @@ def two_widths(dim: int) -> tuple[int, int]:
     """
     main = max(1 << (dim.bit_length() - 1), 32)
     return main, max(power_of_two(dim - main), 16) if dim > main else 0
+
+
+# --- sampling -----------------------------------------------------------------------------------------------
+
+SAMPLING_WARPS = 16  # a row of a vocabulary is read by one program: as much of it at once as possible
+SAMPLING_NEAR = 4096  # tokens near the best that are set aside; about a quarter is asked for
+SAMPLING_LIST = 512  # entries of a list of penalties side by side
+SAMPLING_VOCABULARIES = (151936, 259, 50257)  # compiled ahead of time: rows that are aligned, short, neither
+
+
+def sampling_block(vocabulary: int) -> int:
+    """Tokens side by side: 8 per thread, for more it has no registers. Decides the order of sums."""
+    return min(power_of_two(vocabulary), 4096)

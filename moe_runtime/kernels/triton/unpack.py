@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from moe_runtime.errors import KernelError
 from moe_runtime.kernels.packed import QuantizedWeight, Weight
 from moe_runtime.kernels.triton.weight_bits import interleave_bytes, unpack_nibbles
-from moe_runtime.kernels.triton.weights import (
-    DeviceExperts,
-    DeviceLinear,
-    DeviceMatrix,
-    Fp8Format,
-    expert_home,
-    is_plain,
-)
+from moe_runtime.kernels.triton.weights import DeviceExperts, DeviceLinear, DeviceMatrix, expert_home
 
 
 def unpack_linear(packed: DeviceLinear, head: int = 0) -> Weight:
@@ -28,17 +20,16 @@ def unpack_expert(experts: DeviceExperts, expert_id: int, part: str) -> Weight:
 
 
 def unpack_matrix(home: DeviceMatrix, index: int) -> Weight:
-    """[N, K] on the CPU. KernelError for float8, whose scales no Weight holds: see ``dequantize``."""
+    """[N, K] on the CPU."""
     data, form = home.data[index].cpu(), home.format
-    if is_plain(form):
+    if form.is_plain:
         return data[:, : home.in_features].contiguous()
-    if isinstance(form, Fp8Format):
-        raise KernelError(f"unpack: {form} has no form as one weight")
-    assert home.row_scales is not None, "every home of integers has them"
+    if form.kind in ("int8", "float8"):
+        codes = interleave_bytes(data.view(torch.uint8))[:, : home.in_features].contiguous()
+        codes = codes ^ 128 if form.kind == "int8" else codes.view(torch.float8_e4m3fn)
+        scales = home.row_scales[index].unsqueeze(1) if home.scales is None else home.scales[index]
+        return QuantizedWeight(codes, scales.cpu(), None, form)
     row_scales = home.row_scales[index].cpu()[:, None]
-    if home.scales is None:
-        codes = (interleave_bytes(data).view(torch.uint8) ^ 128)[:, : home.in_features].contiguous()
-        return QuantizedWeight(codes, row_scales, None, form)
     groups = form.num_groups(home.in_features)
     scales = home.scales[index, :groups].cpu().T.float() * row_scales
     zeros = None if home.zeros is None else home.zeros[index, :groups].cpu().T.contiguous()
@@ -47,16 +38,6 @@ def unpack_matrix(home: DeviceMatrix, index: int) -> Weight:
 
 
 def dequantize(home: DeviceMatrix) -> torch.Tensor:
-    """float64 [B, N, K] on the CPU: what the kernels multiply by, exactly."""
-    if not isinstance(home.format, Fp8Format):
-        weights = [unpack_matrix(home, index) for index in range(home.count)]
-        wide = [w.dequantize() if isinstance(w, QuantizedWeight) else w for w in weights]
-        return torch.stack(wide).double()
-    count, n, k = home.count, home.out_features, home.in_features
-    codes = interleave_bytes(home.data.cpu().flatten(0, 1)).view(count, n, -1)[..., :k].double()
-    if home.scales is None:
-        assert home.row_scales is not None, "float8 has one or the other"
-        return codes * home.row_scales.cpu().double()[..., None]
-    block = home.format.group
-    scales = home.scales.cpu().double().repeat_interleave(block, 1)[:, :n].repeat_interleave(block, 2)
-    return codes * scales[..., :k]
+    """float64 [B, N, K] on the CPU: what the kernels multiply by, rounded to float32."""
+    weights = [unpack_matrix(home, index) for index in range(home.count)]
+    return torch.stack([w.dequantize() if isinstance(w, QuantizedWeight) else w for w in weights]).double()

@@ -17,7 +17,6 @@ BYTE_ORDER = (0, 2, 1, 3)
 # Byte b of a word of int4 holds k = LOW_ORDER[b] in its low half, HIGH_ORDER[b] in its high half.
 LOW_ORDER = (0, 4, 1, 5)
 HIGH_ORDER = (2, 6, 3, 7)
-SCALE_BLOCK = 128  # float8: one scale for so many rows and so many columns
 
 
 def interleave_bytes(rows: torch.Tensor) -> torch.Tensor:

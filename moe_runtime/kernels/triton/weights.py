@@ -9,40 +9,17 @@ loop of products.py needs no mask on weights; what lies in the padding is multip
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from moe_runtime.kernels.checks import failure
 from moe_runtime.kernels.packed import QuantizedWeight, Weight, WeightFormat
-from moe_runtime.kernels.triton.tiles import block_k
-from moe_runtime.kernels.triton.weight_bits import (
-    SCALE_BLOCK,
-    interleave_bytes,
-    pack_nibbles,
-    split_scales,
-)
+from moe_runtime.kernels.triton.tiles import Choice, block_k
+from moe_runtime.kernels.triton.weight_bits import interleave_bytes, pack_nibbles, split_scales
 
 BYTES_PER_COPY = 8 << 20  # of a matrix at a time; bounds the staging memory
-
-
-@dataclass(frozen=True)
-class Fp8Format:
-    """float8 e4m3: one scale per 128 rows and 128 columns, or one per row (``blocks`` False)."""
-
-    blocks: bool = True
-    kind: Literal["float8"] = "float8"
-
-    @property
-    def group(self) -> int:
-        return SCALE_BLOCK if self.blocks else 0
-
-    def __str__(self) -> str:
-        return "float8-blocks" if self.blocks else "float8"
-
-
-DeviceFormat: TypeAlias = WeightFormat | Fp8Format
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,21 +28,23 @@ class DeviceMatrix:
 
     data: [B, N, padded K] of the plain dtype, int8 (code - 128) or float8_e4m3fn, for int4 uint8
     [B, N, padded K / 2]; the order of elements within 32-bit words is in weight_bits.py.
-    row_scales: float32 [B, N], of int8, int4 and float8 without blocks. The value of an int4 weight is
+    row_scales: float32 [B, N], of int8, int4 and float8 without groups. The value of an int4 weight is
     row_scale * scale * (code - zero), row_scale being a power of two.
     scales: float16 [B, G, N] of int4: rows side by side, so that they are fetched ahead like weights (a copy
     of less than 4 bytes cannot be asynchronous). float32 [B, N / 128, K / 128], rounded up, of float8 blocks.
     zeros: uint8 [B, G, N] of int4 with zero points, which are 8 without.
+    tuned: by tuned_size of the number of rows, what was measured to be faster than tiles.py's choice.
     """
 
     data: torch.Tensor
     scales: torch.Tensor | None
     row_scales: torch.Tensor | None
     zeros: torch.Tensor | None
-    format: DeviceFormat
+    format: WeightFormat
     out_features: int  # N
     in_features: int  # K
     count: int  # B
+    tuned: dict[int, Choice] = field(default_factory=dict)
 
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
@@ -79,12 +58,12 @@ class DeviceMatrix:
     @property
     def words(self) -> torch.Tensor:
         """``data`` as the kernels address it: numbers of a plain dtype, else int32 words."""
-        return self.data if is_plain(self.format) else self.data.view(torch.int32)
+        return self.data if self.format.is_plain else self.data.view(torch.int32)
 
     @property
     def dot_dtype(self) -> torch.dtype:
         """What weights and activations are multiplied in."""
-        return self.data.dtype if is_plain(self.format) else torch.bfloat16
+        return self.data.dtype if self.format.is_plain else torch.bfloat16
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +90,7 @@ class DeviceLinear:
         return self.matrix.in_features
 
     @property
-    def format(self) -> DeviceFormat:
+    def format(self) -> WeightFormat:
         return self.matrix.format
 
     @property
@@ -121,23 +100,22 @@ class DeviceLinear:
 
 @dataclass(frozen=True, eq=False)
 class DeviceExperts:
-    """As PackedExperts. gate_up: 2 E matrices [I, H], an expert's gate and up by turns; down: E [H, I]."""
+    """As PackedExperts. gate_up: 2 E matrices [I, H], an expert's gate and up by turns; down: E [H, I].
+    ``tuned``: as DeviceMatrix's, of both together, by the number of (token, expert) pairs.
+    """
 
     gate_up: DeviceMatrix
     down: DeviceMatrix
     num_experts: int  # E
     hidden: int  # H
     intermediate: int  # I
-    format: DeviceFormat
+    format: WeightFormat
     layout: Literal["device"] = "device"
+    tuned: dict[int, Choice] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
         return self.gate_up.num_bytes + self.down.num_bytes
-
-
-def is_plain(weight_format: DeviceFormat) -> bool:
-    return isinstance(weight_format, WeightFormat) and not weight_format.is_integer
 
 
 def padded_k(kind: str, k: int) -> int:
@@ -154,12 +132,17 @@ def format_of(weight: Weight) -> WeightFormat:
 def new_matrix(count: int, n: int, k: int, form: WeightFormat, device: torch.device) -> DeviceMatrix:
     """Zeroed home of ``count`` matrices [N, K]."""
     padded = padded_k(form.kind, k)
-    if not form.is_integer:
+    if form.is_plain:
         data = torch.zeros(count, n, padded, dtype=form.dtype, device=device)
         return DeviceMatrix(data, None, None, None, form, n, k, count)
+    if form.kind == "float8" and form.group:
+        data = torch.zeros(count, n, padded, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+        blocks = torch.zeros(count, -(-n // form.rows_per_scale), padded // form.group, device=device)
+        return DeviceMatrix(data, blocks, None, None, form, n, k, count)
     row_scales = torch.zeros(count, n, device=device)
-    if form.kind == "int8":
+    if form.kind in ("int8", "float8"):
         data = torch.zeros(count, n, padded, dtype=torch.int8, device=device)
+        data = data if form.kind == "int8" else data.view(torch.float8_e4m3fn)
         return DeviceMatrix(data, None, row_scales, None, form, n, k, count)
     data = torch.zeros(count, n, padded // 2, dtype=torch.uint8, device=device)
     groups = padded // form.group
@@ -179,12 +162,14 @@ def write_matrix(op: str, argument: str, home: DeviceMatrix, index: int, weight:
         for rows in _pieces(weight):
             home.data[index, rows, : shape[1]].copy_(weight[rows])
         return
+    _write_codes(home, index, weight.codes)
     if home.scales is None:
-        _write_codes(home, index, weight.codes)
         _part(home.row_scales)[index].copy_(weight.scales[:, 0])
         return
+    if home.format.kind == "float8":
+        home.scales[index].copy_(weight.scales)
+        return
     halves, unit = split_scales(weight.scales)
-    _write_codes(home, index, weight.codes)
     _part(home.row_scales)[index].copy_(unit)
     home.scales[index, : halves.shape[1]].copy_(halves.T.contiguous())
     if weight.zeros is not None:
@@ -204,26 +189,30 @@ def _part(part: torch.Tensor | None) -> torch.Tensor:
 
 
 def _write_codes(home: DeviceMatrix, index: int, codes: torch.Tensor) -> None:
-    """Codes uint8 [N, K]; put in order on the device."""
-    data = home.data[index]
-    padded = data.shape[1] * (2 if home.data.dtype is torch.uint8 else 1)
-    missing = padded - codes.shape[1]
+    """Codes of one byte each, [N, K]; put in order on the device."""
+    data, kind = home.data.view(torch.uint8)[index], home.format.kind  # not every operation knows float8
+    missing = padded_k(kind, home.in_features) - home.in_features
     for rows in _pieces(codes):
-        piece = codes[rows].to(data.device)
-        if home.data.dtype is torch.uint8:
-            data[rows] = pack_nibbles(torch.nn.functional.pad(piece, (0, missing)))
-        else:
-            signed = (piece ^ 128).view(torch.int8)
-            data[rows] = interleave_bytes(torch.nn.functional.pad(signed, (0, missing)))
+        piece = codes[rows].view(torch.uint8).to(data.device)
+        if kind == "int8":
+            piece = piece ^ 128
+        piece = torch.nn.functional.pad(piece, (0, missing))
+        data[rows] = pack_nibbles(piece) if kind == "int4" else interleave_bytes(piece)
 
 
 # --- reference.py's packing functions -----------------------------------------------------------------------
 
 
 def pack_linear(weight: Weight, *, device: torch.device) -> DeviceLinear:
-    """weight [N, K] -> its own copy on the device."""
+    """weight [N, K] -> on the device: its own copy, or the very tensor if that lies there as the kernels read
+    it (an embedding that is the head, too).
+    """
     if len(weight.shape) != 2:
         raise failure("pack_linear", "weight", "a matrix", list(weight.shape))
+    if isinstance(weight, torch.Tensor) and weight.is_contiguous():
+        (n, k), form = weight.shape, format_of(weight)
+        if padded_k(form.kind, k) == k and weight.device == torch.empty(0, device=device).device:
+            return DeviceLinear(DeviceMatrix(weight.unsqueeze(0), None, None, None, form, n, k, 1))
     return pack_linear_heads([weight], device=device)
 
 

@@ -68,9 +68,18 @@ void one_route(int64_t tokens, int64_t experts, const RouterRules& rules, bool w
   }
   Buffer<int32_t> ids(tokens * rules.top_k);
   Buffer<float> weights(tokens * rules.top_k);
-  route(logits.data(), tokens, experts, with_bias ? bias.data() : nullptr, rules, ids.data(), weights.data());
+  Buffer<uint8_t> allowed(3 * experts);  // of the first mask too few, of the second every other, of the third all
+  for (int64_t e = 0; e < experts; ++e) allowed[e] = e == 3, allowed[experts + e] = e % 2, allowed[2 * experts + e] = 1;
+  Buffer<int32_t> mask_rows(tokens);
+  for (int64_t t = 0; t < tokens; ++t) mask_rows[t] = (int32_t)random.below(4) - 1;
+  Buffer<float> lost(tokens);
+  for (int64_t t = 0; t < tokens; ++t) lost[t] = 0;
+  int64_t outside = 0;
+  route(logits.data(), tokens, experts, with_bias ? bias.data() : nullptr, rules, {allowed.data(), 3, mask_rows.data()},
+        {lost.data(), &outside}, ids.data(), weights.data());
   outputs.keep(ids);
   outputs.keep(weights);
+  outputs.keep(lost);
   for (int64_t i = 0; i < ids.size(); ++i) {
     if (ids[i] < 0 || ids[i] >= experts) fail("route id", ids[i], (double)experts);
     for (int64_t j = i / rules.top_k * rules.top_k; j < i; ++j) {

@@ -16,6 +16,7 @@ struct Parts {
   Random random{10};
   std::deque<Buffer<char>> packed;
   std::deque<Buffer<float>> numbers;
+  std::deque<Buffer<int32_t>> slots;
 
   Matrix matrix(int64_t heads, int64_t n, int64_t k, int32_t format, bool bias = false) {
     const int64_t bytes = packed_bytes(n, k, format);
@@ -49,8 +50,13 @@ struct Parts {
     }
     const bool routed = experts > 1;
     const RouterRules rules{routed ? 2 : 1, 1, 1, false, true, false, false, 1.0, 0.0};
-    return {routed ? matrix(1, experts, kHidden, kFloat32) : Matrix{}, nullptr, rules, gate_up, down, experts, kHidden,
-            intermediate, format};
+    packed.emplace_back(2 * experts);  // two masks: without the first expert, without the last
+    char* masks = packed.back().data();
+    for (int64_t e = 0; e < experts; ++e) masks[e] = e > 0, masks[experts + e] = e + 1 < experts;
+    slots.emplace_back(experts);  // all experts are in memory, in another order
+    for (int64_t e = 0; e < experts; ++e) slots.back().data()[e] = (int32_t)(experts - 1 - e);
+    return {routed ? matrix(1, experts, kHidden, kFloat32) : Matrix{}, nullptr, rules, (const uint8_t*)masks, 2, gate_up,
+            down, experts, kHidden, intermediate, format, {slots.back().data(), experts, experts, 0}};
   }
 };
 
@@ -84,8 +90,14 @@ void one_step(StepProgram& program, int64_t first, int64_t count, int64_t bad_to
     logit_rows[i] = i;
   }
   Buffer<float> logits(2 * count * kVocabulary);
-  program.run({ids.data(), positions.data(), slots.data(), rows.data(), tables.data(), logit_rows.data(), 2 * count, 2, 6,
-               2 * count}, logits.data());
+  Buffer<int32_t> mask_rows(2 * count);
+  for (int64_t i = 0; i < 2 * count; ++i) mask_rows[i] = (int32_t)(i % 3) - 1;
+  Buffer<float> lost(2 * count);
+  for (int64_t i = 0; i < 2 * count; ++i) lost[i] = 0;
+  int64_t outside = 0;
+  program.run({ids.data(), positions.data(), slots.data(), rows.data(), tables.data(), logit_rows.data(),
+               mask_rows.data(), 2 * count, 2, 6, 2 * count, {lost.data(), &outside}}, logits.data());
+  if (outside) fail("experts outside their mask", (double)outside, 0);
   for (int64_t i = 0; i < logits.size(); ++i) {
     if (!std::isfinite(logits[i])) fail("logit", logits[i], 0);
   }

@@ -11,13 +11,10 @@ import pytest
 import torch
 
 from moe_runtime.kernels import QuantizedWeight, Weight, WeightFormat
-from moe_runtime.kernels.triton.fp8_weights import fp8_experts, fp8_matrix
 from moe_runtime.kernels.triton.unpack import dequantize
 from moe_runtime.kernels.triton.weights import (
     DeviceExperts,
-    DeviceFormat,
     DeviceMatrix,
-    Fp8Format,
     new_matrix,
     write_matrix,
 )
@@ -27,8 +24,8 @@ INTEGERS = (
     WeightFormat("int8"),
     *(WeightFormat("int4", group, zeros) for group in (32, 64, 128) for zeros in (False, True)),
 )
-FLOAT8 = (Fp8Format(), Fp8Format(blocks=False))
-FORMATS: tuple[DeviceFormat, ...] = (*PLAIN, *INTEGERS, *FLOAT8)
+FLOAT8 = (WeightFormat("float8", 128), WeightFormat("float8"))
+FORMATS: tuple[WeightFormat, ...] = (*PLAIN, *INTEGERS, *FLOAT8)
 BF16 = PLAIN[1]
 EPS = 2.0**-24
 SAFETY = 8.0
@@ -38,8 +35,13 @@ ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11
 
 def random_weight(n: int, k: int, form: WeightFormat, seed: int = 0) -> Weight:
     generator = torch.Generator().manual_seed(seed * 7919 + n * k)
-    if not form.is_integer:
+    if form.is_plain:
         return (torch.randn(n, k, generator=generator) / k**0.5).to(form.dtype)
+    if form.kind == "float8":
+        codes = torch.randn(n, k, generator=generator).mul_(40).to(torch.float8_e4m3fn)
+        shape = (-(-n // form.rows_per_scale), form.num_groups(k))
+        scales = (torch.rand(shape, generator=generator) + 0.1) / (40 * k**0.5)
+        return QuantizedWeight(codes, scales, None, form)
     top = 16 if form.kind == "int4" else 256
     codes = torch.randint(int(form.kind == "int8"), top, (n, k), generator=generator, dtype=torch.uint8)
     scales = torch.rand(n, form.num_groups(k), generator=generator) + 0.1
@@ -51,14 +53,8 @@ def random_weight(n: int, k: int, form: WeightFormat, seed: int = 0) -> Weight:
 
 
 def random_matrix(
-    count: int, n: int, k: int, form: DeviceFormat, device: torch.device, seed: int = 0
+    count: int, n: int, k: int, form: WeightFormat, device: torch.device, seed: int = 0
 ) -> DeviceMatrix:
-    if isinstance(form, Fp8Format):
-        generator = torch.Generator().manual_seed(seed * 7919 + n * k)
-        codes = torch.randn(count, n, k, generator=generator).mul_(40).to(torch.float8_e4m3fn)
-        shape = (count, -(-n // 128), -(-k // 128)) if form.blocks else (count, n)
-        scales = (torch.rand(shape, generator=generator) + 0.1) / (40 * k**0.5)
-        return fp8_matrix(codes, scales, device=device)
     home = new_matrix(count, n, k, form, device)
     for index in range(count):
         write_matrix("test", "weight", home, index, random_weight(n, k, form, seed + index))
@@ -66,12 +62,10 @@ def random_matrix(
 
 
 def random_experts(
-    num_experts: int, hidden: int, intermediate: int, form: DeviceFormat, device: torch.device, seed: int = 0
+    num_experts: int, hidden: int, intermediate: int, form: WeightFormat, device: torch.device, seed: int = 0
 ) -> DeviceExperts:
     gate_up = random_matrix(2 * num_experts, intermediate, hidden, form, device, seed)
     down = random_matrix(num_experts, hidden, intermediate, form, device, seed + 1000)
-    if isinstance(form, Fp8Format):
-        return fp8_experts(gate_up, down)
     return DeviceExperts(gate_up, down, num_experts, hidden, intermediate, form)
 
 

@@ -29,6 +29,7 @@ def repair() -> None:
     from triton._C.libtriton import ir
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    patch_once_per_launch()
     narrow_types = {
         tl.bfloat16: (torch.bfloat16, torch.uint16),
         tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8),
@@ -81,3 +82,26 @@ def repair() -> None:
     InterpreterBuilder.create_dot = dot
     InterpreterBuilder.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
     InterpreterBuilder.create_minnumf = lambda self, left, right: self.binary_op(left, right, np.fmin)
+
+
+def patch_once_per_launch() -> None:
+    """The interpreter looks through all of ``triton.language`` for functions to replace whenever one jitted
+    function calls another, a third of its time. Within a launch they are replaced already.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    plain, plain_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        """Triton 3.6 takes a number out of an array of one dimension, which NumPy 2.4 refuses."""
+        plain_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    def patch(fn: Any) -> Any:
+        languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        if languages and not any(tl.core.is_builtin(language.load) for language in languages):
+            return interpreter._LangPatchScope()
+        return plain(fn)
+
+    interpreter._patch_lang, interpreter._patch_lang_tensor = patch, patch_tensor

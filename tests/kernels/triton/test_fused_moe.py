@@ -5,6 +5,7 @@ import torch
 from kernels.triton.device_weights import (
     BF16,
     EPS,
+    FLOAT8,
     FORMATS,
     INTEGERS,
     PLAIN,
@@ -19,17 +20,17 @@ from kernels.triton.device_weights import (
 pytest.importorskip("triton", reason="triton is not installed")
 
 from moe_runtime.errors import KernelError
-from moe_runtime.kernels.packed import PackedExperts
+from moe_runtime.kernels.packed import PackedExperts, WeightFormat
 from moe_runtime.kernels.triton import fused_moe as module
 from moe_runtime.kernels.triton import tile_lists
 from moe_runtime.kernels.triton.combine import combine
-from moe_runtime.kernels.triton.fused_moe import expert_rows, fused_moe, fused_moe_add_norm
+from moe_runtime.kernels.triton.fused_moe import expert_moments, expert_rows, fused_moe, fused_moe_add_norm
 from moe_runtime.kernels.triton.tile_lists import list_tiles
 from moe_runtime.kernels.triton.tiles import SMALL_PAIRS, matrix_tiles
-from moe_runtime.kernels.triton.weights import DeviceExperts, DeviceFormat, Fp8Format
+from moe_runtime.kernels.triton.weights import DeviceExperts
 
 TOKENS = (0, 1, 2, 15, 16, 17, 33)
-SOME = (BF16, INTEGERS[-1], Fp8Format())
+SOME = (BF16, INTEGERS[-1], FLOAT8[0])
 
 
 def check(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: DeviceExperts) -> torch.Tensor:
@@ -46,7 +47,7 @@ def inputs(tokens: int, hidden: int, device: torch.device, seed: int = 0) -> tor
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_every_format_is_within_the_error_bound_both_ways(form: DeviceFormat, device: torch.device) -> None:
+def test_every_format_is_within_the_error_bound_both_ways(form: WeightFormat, device: torch.device) -> None:
     experts = random_experts(2, 136, 40, form, device)
     for tokens in (2, 33):
         assert (tokens * 2 > SMALL_PAIRS) == (tokens == 33)
@@ -61,7 +62,7 @@ def test_every_number_of_tokens(device: torch.device) -> None:
 
 @pytest.mark.parametrize("form", [PLAIN[0], BF16, INTEGERS[0]], ids=str)
 @pytest.mark.parametrize(("hidden", "intermediate"), [(70, 72), (31, 1)])
-def test_odd_sizes(form: DeviceFormat, hidden: int, intermediate: int, device: torch.device) -> None:
+def test_odd_sizes(form: WeightFormat, hidden: int, intermediate: int, device: torch.device) -> None:
     experts = random_experts(2, hidden, intermediate, form, device)
     for tokens in (2, 65):
         check(inputs(tokens, hidden, device), *random_routing(tokens, 2, 1, device), experts)
@@ -129,7 +130,7 @@ def test_weights_scale_the_outputs(tokens: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("form", SOME, ids=str)
 def test_a_token_is_the_same_bits_alone_and_in_any_company(
-    form: DeviceFormat, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    form: WeightFormat, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_exact_dot(monkeypatch, device)
     experts = random_experts(4, 136, 40, form, device)
@@ -142,7 +143,7 @@ def test_a_token_is_the_same_bits_alone_and_in_any_company(
 
 @pytest.mark.parametrize("form", [BF16, INTEGERS[-1]], ids=str)
 def test_no_tile_changes_a_bit(
-    form: DeviceFormat, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    form: WeightFormat, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_exact_dot(monkeypatch, device)
     experts = random_experts(2, 136, 40, form, device)
@@ -221,6 +222,23 @@ def test_the_next_norm_is_of_the_mixture_and_the_residual(hidden: int, device: t
     wide = total.cpu().double()
     truth = wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-6) * norm_weight.cpu().double()
     assert_within(normed, truth, (hidden**0.5 + 16) * EPS * truth.abs())
+
+
+@pytest.mark.parametrize("form", SOME, ids=str)
+def test_moments_of_the_outputs_beside_their_sum(form: WeightFormat, device: torch.device) -> None:
+    experts, x = random_experts(3, 136, 40, form, device), inputs(33, 136, device)
+    ids, weights = random_routing(33, 3, 2, device)
+    counted = (torch.arange(33, device=device) % 3 > 0).to(torch.uint8)
+    sums = torch.ones(3, 136, dtype=torch.float64, device=device)
+    mixed, squares, peaks = expert_moments(x, ids, weights, experts, counted, sums)
+    assert torch.equal(mixed, fused_moe(x, ids, weights, experts))
+    outputs = expert_rows(x, ids, torch.ones_like(weights), experts).view(33, 2, 136).double()
+    assert torch.equal(squares, outputs.square().sum(-1)) and torch.equal(
+        peaks.double(), outputs.abs().amax(-1)
+    )
+    expected = torch.ones_like(sums)
+    expected.index_add_(0, ids[counted.bool()].flatten().long(), outputs[counted.bool()].flatten(0, 1))
+    torch.testing.assert_close(sums, expected, rtol=1e-13, atol=1e-13)
 
 
 def test_no_tokens_and_no_choices_are_no_work(device: torch.device) -> None:

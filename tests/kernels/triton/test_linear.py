@@ -5,6 +5,7 @@ import torch
 from kernels.triton.device_weights import (
     BF16,
     EPS,
+    FLOAT8,
     FORMATS,
     INTEGERS,
     PLAIN,
@@ -25,13 +26,13 @@ from moe_runtime.kernels.triton import linear as module
 from moe_runtime.kernels.triton.linear import linear, linear_heads, silu_mul
 from moe_runtime.kernels.triton.tiles import linear_segments, linear_tile, matrix_tiles
 from moe_runtime.kernels.triton.unpack import dequantize
-from moe_runtime.kernels.triton.weights import DeviceFormat, DeviceLinear, Fp8Format
+from moe_runtime.kernels.triton.weights import DeviceLinear
 
 TOKENS = (0, 1, 2, 15, 16, 17, 33)
 SHAPES = ((1, 1), (33, 7), (70, 192))  # N, K
 
 
-def packed_of(n: int, k: int, form: DeviceFormat, device: torch.device, heads: int = 1) -> DeviceLinear:
+def packed_of(n: int, k: int, form: WeightFormat, device: torch.device, heads: int = 1) -> DeviceLinear:
     return DeviceLinear(random_matrix(heads, n, k, form, device))
 
 
@@ -49,7 +50,7 @@ def check(x: torch.Tensor, packed: DeviceLinear, bias: torch.Tensor | None = Non
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_every_format_and_shape_is_within_the_error_bound(
-    form: DeviceFormat, n: int, k: int, device: torch.device
+    form: WeightFormat, n: int, k: int, device: torch.device
 ) -> None:
     torch.manual_seed(0)
     packed, bias = packed_of(n, k, form, device), torch.randn(n, device=device)
@@ -58,7 +59,7 @@ def test_every_format_and_shape_is_within_the_error_bound(
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_a_sum_in_segments_is_within_the_error_bound(form: DeviceFormat, device: torch.device) -> None:
+def test_a_sum_in_segments_is_within_the_error_bound(form: WeightFormat, device: torch.device) -> None:
     torch.manual_seed(1)
     k = 1024
     assert linear_segments(20, k, form.kind) > 1
@@ -68,10 +69,10 @@ def test_a_sum_in_segments_is_within_the_error_bound(form: DeviceFormat, device:
 
 
 @pytest.mark.parametrize(
-    "form", [BF16, *INTEGERS[-2:], INTEGERS[0], Fp8Format(), WeightFormat("float32")], ids=str
+    "form", [BF16, *INTEGERS[-2:], INTEGERS[0], FLOAT8[0], WeightFormat("float32")], ids=str
 )
 def test_no_tile_and_no_way_to_add_segments_changes_a_bit(
-    form: DeviceFormat, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    form: WeightFormat, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So a row has the same bits whatever the number of rows, which is all that the choice depends on."""
     use_exact_dot(monkeypatch, device)
@@ -102,8 +103,8 @@ def test_many_rows_take_large_tiles_and_segments_follow_from_the_weight_alone() 
             assert tile.tokens >= min(rows, 64)
 
 
-@pytest.mark.parametrize("form", [*PLAIN, INTEGERS[0], INTEGERS[-1], Fp8Format()], ids=str)
-def test_each_head_goes_through_its_own_weight(form: DeviceFormat, device: torch.device) -> None:
+@pytest.mark.parametrize("form", [*PLAIN, INTEGERS[0], INTEGERS[-1], FLOAT8[0]], ids=str)
+def test_each_head_goes_through_its_own_weight(form: WeightFormat, device: torch.device) -> None:
     torch.manual_seed(2)
     packed, x = packed_of(40, 96, form, device, heads=3), torch.randn(5, 3, 96, device=device)
     got, weight, rows = linear_heads(x, packed), dequantize(packed.matrix), seen(x, packed.matrix)
@@ -114,7 +115,7 @@ def test_each_head_goes_through_its_own_weight(form: DeviceFormat, device: torch
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_activations_of_any_size_stay_within_the_bound(form: DeviceFormat, device: torch.device) -> None:
+def test_activations_of_any_size_stay_within_the_bound(form: WeightFormat, device: torch.device) -> None:
     packed = packed_of(32, 64, form, device)
     weight = dequantize(packed.matrix)[0]
     top = 6e4 if form == WeightFormat("float16") else 1e34
@@ -124,8 +125,8 @@ def test_activations_of_any_size_stay_within_the_bound(form: DeviceFormat, devic
         assert_within(linear(x, packed), rows @ weight.T, dot_bound(rows, weight))
 
 
-@pytest.mark.parametrize("form", [*PLAIN, INTEGERS[0], INTEGERS[-1], Fp8Format()], ids=str)
-def test_non_finite_rows_do_not_touch_their_neighbours(form: DeviceFormat, device: torch.device) -> None:
+@pytest.mark.parametrize("form", [*PLAIN, INTEGERS[0], INTEGERS[-1], FLOAT8[0]], ids=str)
+def test_non_finite_rows_do_not_touch_their_neighbours(form: WeightFormat, device: torch.device) -> None:
     torch.manual_seed(3)
     packed, x = packed_of(70, 200, form, device), torch.randn(20, 200, device=device)
     clean = linear(x, packed)

@@ -1,7 +1,6 @@
 """Whole tiny models on Triton's kernels against the reference backend, through the decoder and the engine."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,15 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from model_oracle import chunked_logits, greedy  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 from world import tiny_checkpoint  # noqa: E402
 
-from moe_runtime.batch import Batch  # noqa: E402
+from moe_runtime.batch import Batch, no_masks  # noqa: E402
 from moe_runtime.config import EngineConfig  # noqa: E402
 from moe_runtime.engine import Engine  # noqa: E402
-from moe_runtime.kernels import OPS, Kernels, choose  # noqa: E402
+from moe_runtime.kernels import OPS, RouteMeter, choose  # noqa: E402
+from moe_runtime.kernels.triton.rope import _rope_kernel  # noqa: E402
 from moe_runtime.loader import load_model  # noqa: E402
 from moe_runtime.output import Completion  # noqa: E402
 from moe_runtime.quant.recipe import Recipe  # noqa: E402
@@ -59,6 +61,13 @@ def test_logits_equal_the_reference_over_chunks_and_mixed_batches(
     assert greedy(ours, short, NUM_TOKENS) == greedy(reference, short, NUM_TOKENS)
 
 
+def test_operations_are_fused_where_all_of_them_are_ours(device: torch.device) -> None:
+    assert choose("triton", device=device).fused is not None
+    assert choose("reference").fused is None
+    if device.type == "cpu":
+        assert choose("triton", {"attention": "reference"}).fused is None
+
+
 def answers(folder: Path, backend: str, device: torch.device) -> list[Completion]:
     config = EngineConfig(
         device="cuda" if device.type == "cuda" else "cpu",
@@ -92,39 +101,34 @@ def test_the_engine_answers_from_int4_weights_as_the_reference_does(
 ELSEWHERE = torch.device("meta")
 
 
-def shaped(kernels: Kernels) -> Kernels:
-    """The same packing; operations that give no more than the right shape, and refuse tensors of the CPU."""
+@pytest.fixture
+def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' wrappers check and allocate, and nothing runs."""
+    kind = type(_rope_kernel)
+    monkeypatch.setattr(kind, "run", lambda *_, **__: None)
 
-    def attention(q: Any, keys: Any, values: Any, *_: Any, v_dim: int | None = None) -> Any:
-        return q.new_empty(*q.shape[:2], v_dim or values.shape[-1])
 
-    def route(logits: Any, spec: Any, _: Any) -> Any:
-        ids = torch.empty(len(logits), spec.top_k, dtype=torch.int32, device=ELSEWHERE)
-        return ids, logits.new_empty(ids.shape)
+class OnOneDevice(TorchDispatchMode):
+    """Refuses every operation that a tensor of the host takes part in. That a value is asked for, or sent to
+    the host, a tensor of "meta" refuses by itself.
+    """
 
-    results: dict[str, Callable[..., Any]] = {
-        "linear": lambda x, packed, _: x.new_empty(len(x), packed.out_features),
-        "linear_heads": lambda x, packed: x.new_empty(len(x), packed.heads, packed.out_features),
-        "fused_moe": lambda x, ids, weights, experts: torch.empty_like(x),
-        "rms_norm": lambda x, weight, eps: torch.empty_like(x),
-        "add_rms_norm": lambda x, residual, weight, eps: (torch.empty_like(x), torch.empty_like(x)),
-        "rope": lambda x, *_, **__: x,
-        "write_cache": lambda *_: None,
-        "attention": attention,
-        "route": route,
-    }
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for part in tree_leaves((args, kwargs, result)):
+            assert not isinstance(part, torch.Tensor) or part.is_meta, f"{func} with a tensor of the host"
+        return result
 
-    def checked(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            for argument in arguments:
-                assert not isinstance(argument, torch.Tensor) or (
-                    argument.is_meta and argument.is_contiguous()
-                )
-            return operation(*arguments, **named)
 
-        return call
-
-    return dataclasses.replace(kernels, **{name: checked(result) for name, result in results.items()})
+@pytest.mark.parametrize(
+    "ask", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy]
+)
+def test_a_tensor_without_numbers_refuses_to_be_asked(ask: str) -> None:
+    number = torch.zeros(1, device=ELSEWHERE)
+    with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
+        getattr(number, ask)()
+    with pytest.raises(AssertionError, match="host"), OnOneDevice():
+        torch.zeros(1)
 
 
 def tensors_of(kept: Any) -> list[torch.Tensor]:
@@ -147,13 +151,18 @@ def tensors_of(kept: Any) -> list[torch.Tensor]:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.parametrize("quantize", ["none", "int4", "int8"])
-def test_all_that_a_model_keeps_or_makes_is_on_its_device(
-    tmp_path: Path, architecture: str, overrides: dict[str, bool], quantize: str
+def test_all_that_a_model_keeps_or_makes_is_on_its_device_and_a_step_waits_for_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_launches: None,
+    architecture: str,
+    overrides: dict[str, bool],
+    quantize: str,
 ) -> None:
     kernels = choose("triton", device=ELSEWHERE)
     assert all(getattr(kernels, name) is not row["cpu"] for name, row in OPS.items())
     recipe = Recipe.of(EngineConfig(quantize=quantize, quantize_group=32))
-    model = load_model(tiny_checkpoint(tmp_path, architecture, **overrides), shaped(kernels), recipe)
+    model = load_model(tiny_checkpoint(tmp_path, architecture, **overrides), kernels, recipe)
     for slot in model.slots():
         for place in slot.places:
             kept = tensors_of(getattr(place.owner, place.attribute))
@@ -163,6 +172,14 @@ def test_all_that_a_model_keeps_or_makes_is_on_its_device(
     assert all(part is None or part.is_meta for layer in cache.layers for part in (layer.keys, layer.values))
     positions = torch.arange(5)
     rows, tables = torch.zeros(5, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
-    batch = Batch(positions, positions.int(), positions, rows, tables, positions[3:])
-    logits = model.forward(batch, cache)
-    assert logits.is_meta and logits.shape == (2, model.config.vocab_size)
+    batch = Batch(
+        positions, positions.int(), positions, rows, tables, positions[3:], no_masks(len(positions))
+    )
+    assert model.forward(batch, cache).is_meta
+    meter = RouteMeter.zeros(5, ELSEWHERE)
+    monkeypatch.setattr(Batch, "to", lambda self, device: self)
+    for each, metered in ((batch, meter), (batch, None), (Batch.of_nobody(3, 2), None)):
+        there = each.on(each.staged(pinned=False).to(ELSEWHERE))
+        with OnOneDevice():
+            logits = model.forward(there, cache, metered)
+        assert logits.shape == (len(each.logit_rows), model.config.vocab_size)

@@ -8,7 +8,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from kernels.oracle import EPS, SAFETY, assert_within  # noqa: E402
 
 from moe_runtime.errors import KernelError  # noqa: E402
-from moe_runtime.kernels import RouterSpec, cpu, reference  # noqa: E402
+from moe_runtime.kernels import RouteMeter, RouterSpec, cpu, reference  # noqa: E402
+from moe_runtime.kernels.packed import NOBODY  # noqa: E402
 from moe_runtime.kernels.triton import router  # noqa: E402
 
 FAMILIES = {
@@ -172,13 +173,73 @@ def test_groups_without_an_allowed_expert_come_last_and_a_short_group_is_helped_
 
 
 def test_a_mask_row_that_does_not_exist_forbids_everything(device: torch.device) -> None:
-    masks, rows = torch.ones(2, 8, dtype=torch.uint8), torch.tensor([2, -2, 1], dtype=torch.int32)
+    masks, rows = torch.ones(2, 8, dtype=torch.uint8), torch.tensor([2, -3, 1], dtype=torch.int32)
     logits = torch.arange(8.0).expand(3, 8).contiguous()
     ids, weights = router.route(logits.to(device), RouterSpec(2), None, masks.to(device), rows.to(device))
     assert ids.tolist() == [[0, 1], [0, 1], [7, 6]]
     assert weights[:2].tolist() == [[0, 0], [0, 0]] and torch.all(weights[2] > 0)
     with pytest.raises(KernelError, match="mask_rows out of range"):
         reference.route(logits, RouterSpec(2), None, masks, rows)
+
+
+def meters(tokens: int, device: torch.device) -> tuple[RouteMeter, RouteMeter]:
+    """One for the device, one for the reference; both have seen a layer before."""
+    pair = [
+        RouteMeter(torch.full((tokens,), 0.25, device=place), torch.tensor([3], device=place))
+        for place in (device, torch.device("cpu"))
+    ]
+    return pair[0], pair[1]
+
+
+def assert_measured(got: RouteMeter, expected: RouteMeter) -> None:
+    assert got.lost is not None and expected.lost is not None
+    torch.testing.assert_close(got.lost.cpu(), expected.lost, rtol=0, atol=1e-6)
+    assert got.outside.tolist() == expected.outside.tolist()
+
+
+@ROUTE
+def test_a_meter_is_told_what_masks_take_away(wide: torch.device, family: str) -> None:
+    num_experts, spec = FAMILIES[family]
+    logits = wild_logits(64, num_experts)
+    bias = torch.randn(num_experts) if spec.scoring == "sigmoid" else None
+    masks = random_masks(4, num_experts, spec.top_k)
+    masks[3] = 0  # as if nobody had refused it: all that is chosen is outside
+    rows = torch.arange(64, dtype=torch.int32) % 5 - 1
+    got, expected = meters(64, wide)
+    given = (None if bias is None else bias.to(wide), masks.to(wide), rows.to(wide))
+    plain = router.route(logits.to(wide), spec, *given)
+    metered = router.route(logits.to(wide), spec, *given, got)
+    assert all(torch.equal(one, other) for one, other in zip(plain, metered, strict=True))
+    reference.route(logits, spec, bias, masks, rows, expected)
+    assert_measured(got, expected)
+    without = RouteMeter(None, torch.zeros(1, dtype=torch.int64, device=wide))
+    router.route(logits.to(wide), spec, *given, without)
+    assert without.outside.tolist() == [int(expected.outside) - 3]
+
+
+def test_a_row_of_nobody_gets_no_expert_and_is_not_measured(device: torch.device) -> None:
+    num_experts, spec = FAMILIES["qwen3"]
+    x, weight = exact((5, 64), 1), exact((num_experts, 96), 2)[:, :64]  # rows of 96, of which 64 count
+    masks, rows = random_masks(2, num_experts, 8), torch.tensor([0, NOBODY, -1, 1, NOBODY], dtype=torch.int32)
+    here = rows != NOBODY
+    got, expected = meters(5, device)
+    storage = torch.zeros(num_experts, 96, device=device)
+    storage[:, :64] = weight.to(device)
+    storage[:, 64:] = torch.nan
+    ids, weights, counts = router.route_tokens(
+        x.to(device), storage[:, :64], spec, None, masks.to(device), rows.to(device), True, meter=got
+    )
+    wanted, wanted_weights = reference.route(x[here] @ weight.T, spec, None, masks, rows[here])
+    assert torch.equal(ids[here.to(device)].cpu(), wanted)
+    torch.testing.assert_close(weights[here.to(device)].cpu(), wanted_weights, rtol=1e-6, atol=0)
+    assert ids[~here.to(device)].eq(-1).all() and weights[~here.to(device)].eq(0).all()
+    assert counts is not None and counts.sum() == 3 * spec.top_k
+    lost = RouteMeter(torch.full((3,), 0.25), expected.outside)
+    reference.route(x[here] @ weight.T, spec, None, masks, rows[here], lost)
+    assert got.lost is not None and got.lost[~here.to(device)].eq(0.25).all()
+    assert_measured(RouteMeter(got.lost[here.to(device)], got.outside), lost)
+    again, _ = router.route((x @ weight.T).to(device), spec, None, masks.to(device), rows.to(device))
+    assert torch.equal(again, ids)
 
 
 # --- from hidden states -------------------------------------------------------------------------------------
@@ -198,6 +259,7 @@ def exact(shape: tuple[int, ...], seed: int) -> torch.Tensor:
         ("deepseek_v2", 16, 512),
         ("deepseek_v3", 47, 33),
         ("all", 3, 1025),
+        ("one_of_one", 3, 40),
     ],
 )
 def test_routing_from_hidden_states_is_routing_from_their_logits(

@@ -2,18 +2,15 @@
 
 import pytest
 import torch
-from kernels.triton.device_weights import FORMATS, INTEGERS, PLAIN, random_matrix, random_weight
+from kernels.triton.device_weights import FLOAT8, FORMATS, PLAIN, random_matrix, random_weight
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from moe_runtime.errors import KernelError
 from moe_runtime.kernels import QuantizedWeight, Weight, WeightFormat
 from moe_runtime.kernels.triton import weights
-from moe_runtime.kernels.triton.fp8_weights import fp8_matrix
-from moe_runtime.kernels.triton.unpack import dequantize, unpack_expert, unpack_linear, unpack_matrix
+from moe_runtime.kernels.triton.unpack import dequantize, unpack_expert, unpack_linear
 from moe_runtime.kernels.triton.weights import (
-    DeviceFormat,
-    Fp8Format,
     new_experts,
     pack_expert,
     pack_linear,
@@ -33,7 +30,7 @@ def assert_same(got: Weight, expected: Weight) -> None:
         assert got.zeros is not None and torch.equal(got.zeros, expected.zeros)
 
 
-@pytest.mark.parametrize("form", PLAIN + INTEGERS, ids=str)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_packing_moves_every_bit(form: WeightFormat, n: int, k: int, device: torch.device) -> None:
     weight = random_weight(n, k, form)
@@ -43,7 +40,7 @@ def test_packing_moves_every_bit(form: WeightFormat, n: int, k: int, device: tor
     assert packed.format == form and packed.data.device.type == device.type
 
 
-@pytest.mark.parametrize("form", PLAIN + INTEGERS, ids=str)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_heads_and_experts_have_their_own_places(form: WeightFormat, device: torch.device) -> None:
     heads = [random_weight(20, 70, form, seed) for seed in range(3)]
     packed = pack_linear_heads(heads, device=device)
@@ -60,7 +57,7 @@ def test_heads_and_experts_have_their_own_places(form: WeightFormat, device: tor
     assert not experts.gate_up.data[2:4].any()  # expert 1's, never written
 
 
-@pytest.mark.parametrize("form", PLAIN + INTEGERS, ids=str)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_a_matrix_is_copied_in_pieces(
     form: WeightFormat, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,13 +66,18 @@ def test_a_matrix_is_copied_in_pieces(
     assert_same(unpack_linear(pack_linear(weight, device=device)), weight)
 
 
-def test_a_packed_weight_shares_no_memory_with_its_source(device: torch.device) -> None:
+def test_a_packed_weight_shares_memory_only_with_a_matrix_that_lies_as_it_should(
+    device: torch.device,
+) -> None:
     weight = random_weight(16, 64, PLAIN[1])
     assert isinstance(weight, torch.Tensor)
-    packed = pack_linear(weight, device=device)
-    before = weight.clone()
+    packed, before = pack_linear_heads([weight], device=device), weight.clone()
+    there = weight.to(device, copy=True)
+    assert pack_linear(there, device=device).data.data_ptr() == there.data_ptr()
+    assert not pack_linear(there[:, :60].contiguous(), device=device).data[..., 60:].any()
     weight.zero_()
     assert_same(unpack_linear(packed), before)
+    assert_same(unpack_linear(pack_linear(there, device=device)), before)
 
 
 def test_a_stacked_tensor_is_one_matrix_per_head(device: torch.device) -> None:
@@ -107,35 +109,31 @@ def test_bytes_lie_as_written(device: torch.device) -> None:
     weight = random_weight(5, 256, WeightFormat("int8"))
     assert isinstance(weight, QuantizedWeight)
     data = pack_linear(weight, device=device).data[0].cpu()
-    codes = torch.randn(1, 5, 256).to(torch.float8_e4m3fn)
-    narrow = fp8_matrix(codes, torch.ones(1, 5), device=device).data[0].cpu().view(torch.uint8)
+    float8 = random_weight(5, 256, FLOAT8[0])
+    assert isinstance(float8, QuantizedWeight)
+    narrow = pack_linear(float8, device=device).data[0].cpu().view(torch.uint8)
     for place, k in enumerate((0, 2, 1, 3)):
         assert torch.equal(data[:, place::4].int() + 128, weight.codes[:, k::4].int())
-        assert torch.equal(narrow[:, place::4], codes[0].view(torch.uint8)[:, k::4])
+        assert torch.equal(narrow[:, place::4], float8.codes.view(torch.uint8)[:, k::4])
 
 
 def test_float8_is_its_codes_times_its_scales(device: torch.device) -> None:
-    codes = torch.randn(2, 130, 300).mul_(100).to(torch.float8_e4m3fn)
-    rows, blocks = torch.rand(2, 130), torch.rand(2, 2, 3)
-    wide = codes.double()
-    assert torch.equal(dequantize(fp8_matrix(codes, rows, device=device)), wide * rows.double()[..., None])
-    matrix = fp8_matrix(codes, blocks, device=device)
-    got = dequantize(matrix)
-    for n, k in ((0, 0), (127, 127), (128, 255), (129, 256), (5, 299)):
-        scale = blocks[:, n // 128, k // 128].double()
-        assert torch.equal(got[:, n, k], wide[:, n, k] * scale)
-    assert matrix.format == Fp8Format() and str(Fp8Format(blocks=False)) == "float8"
-    with pytest.raises(KernelError, match="float8-blocks has no form as one weight"):
-        unpack_matrix(matrix, 0)
+    for form in FLOAT8:
+        heads = [random_weight(130, 300, form, seed) for seed in range(2)]
+        got = dequantize(pack_linear_heads(heads, device=device).matrix)
+        for weight, wide in zip(heads, got, strict=True):
+            assert isinstance(weight, QuantizedWeight)
+            for n, k in ((0, 0), (127, 127), (128, 255), (129, 256), (5, 299)):
+                place = (n // 128, k // 128) if form.group else (n, 0)
+                assert wide[n, k] == weight.codes[n, k].float() * weight.scales[place]
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_the_size_of_large_weights_is_what_the_format_promises(
-    form: DeviceFormat, device: torch.device
+    form: WeightFormat, device: torch.device
 ) -> None:
     matrix = random_matrix(2, 256, 1024, form, device)
-    bits = 8.0 if isinstance(form, Fp8Format) else form.bits_per_weight
-    assert matrix.num_bytes == pytest.approx(2 * 256 * 1024 * bits / 8, rel=0.01)
+    assert matrix.num_bytes == pytest.approx(2 * 256 * 1024 * form.bits_per_weight / 8, rel=0.01)
 
 
 @pytest.mark.parametrize("wrong", [0.1, float("inf"), float("nan")])
@@ -177,5 +175,8 @@ def test_wrong_matrices_are_refused(device: torch.device) -> None:
         pack_linear_heads([weight, weight.float()], device=device)
     with pytest.raises(KernelError, match="at least one head"):
         pack_linear_heads([], device=device)
-    with pytest.raises(KernelError, match="scales is"):
-        fp8_matrix(torch.zeros(1, 130, 8).to(torch.float8_e4m3fn), torch.ones(1, 1, 1), device=device)
+    codes = torch.zeros(130, 8).to(torch.float8_e4m3fn)
+    with pytest.raises(KernelError, match=r"float8-g128 \[130, 8\]: wrong shape or dtype"):
+        QuantizedWeight(codes, torch.ones(1, 1), None, FLOAT8[0])
+    with pytest.raises(KernelError, match="float8 in groups of 64, expected 128 or 0"):
+        WeightFormat("float8", 64)

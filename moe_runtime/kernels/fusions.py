@@ -1,0 +1,120 @@
+"""Operations that follow each other in every model, as one call that a backend may answer with one launch.
+
+Where it does not, they are what is written here, and computed one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from moe_runtime.kernels.meter import RouteMeter
+from moe_runtime.kernels.packed import RouterSpec
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class Fusions(Protocol):
+    """A backend's own form of the operations of ``FusedOperations``, of the same names and meanings."""
+
+    def route_tokens(
+        self,
+        x: torch.Tensor,
+        router: Any,
+        spec: RouterSpec,
+        bias: torch.Tensor | None,
+        masks: torch.Tensor | None,
+        mask_rows: torch.Tensor | None,
+        meter: RouteMeter | None,
+    ) -> Pair: ...
+
+    def rope_write_cache(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        positions: torch.Tensor,
+        interleaved: bool,
+        cache: torch.Tensor,
+        slots: torch.Tensor,
+        offset: int,
+    ) -> None: ...
+
+    def fused_moe_add_norm(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        experts: Any,
+        added: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+    ) -> Pair: ...
+
+
+class FusedOperations:
+    """Part of Kernels, whose fields the operations below are made of."""
+
+    linear: Callable[..., torch.Tensor]
+    route: Callable[..., Pair]
+    rope: Callable[..., torch.Tensor]
+    write_cache: Callable[..., None]
+    fused_moe: Callable[..., torch.Tensor]
+    add_rms_norm: Callable[..., Pair]
+    fused: Fusions | None
+
+    def route_tokens(
+        self,
+        x: torch.Tensor,
+        router: Any,
+        spec: RouterSpec,
+        bias: torch.Tensor | None = None,
+        masks: torch.Tensor | None = None,
+        mask_rows: torch.Tensor | None = None,
+        meter: RouteMeter | None = None,
+    ) -> Pair:
+        """``route`` of x [T, H] times the packed ``router`` [E, H]."""
+        if self.fused is not None:
+            return self.fused.route_tokens(x, router, spec, bias, masks, mask_rows, meter)
+        return self.route(self.linear(x, router, None), spec, bias, masks, mask_rows, meter)
+
+    def rope_write_cache(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        positions: torch.Tensor,
+        interleaved: bool,
+        cache: torch.Tensor,
+        slots: torch.Tensor,
+        offset: int = 0,
+    ) -> None:
+        """``rope`` of x [T, heads, D] in place, and ``write_cache`` of the result."""
+        if self.fused is not None:
+            self.fused.rope_write_cache(x, cos, sin, positions, interleaved, cache, slots, offset)
+            return
+        self.write_cache(cache, self.rope(x, cos, sin, positions, interleaved, offset=offset), slots)
+
+    def fused_moe_add_norm(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        experts: Any,
+        added: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+    ) -> Pair:
+        """``add_rms_norm`` of ``residual`` and ``fused_moe`` plus ``added`` [T, H], if that is given."""
+        if self.fused is not None:
+            return self.fused.fused_moe_add_norm(
+                x, expert_ids, expert_weights, experts, added, residual, norm_weight, eps
+            )
+        mixed = self.fused_moe(x, expert_ids, expert_weights, experts)
+        if added is not None:
+            mixed += added
+        return self.add_rms_norm(mixed, residual, norm_weight, eps)
