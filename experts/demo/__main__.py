@@ -1,7 +1,8 @@
 """``python -m moe_runtime.experts.demo``: train the demo model, evaluate it, write its card.
 
 Without arguments everything runs, in under an hour on two cores. Steps apart: ``train`` (``--control`` for
-the ordinary Mixture-of-Experts without pools), ``evaluate``, ``card``.
+the ordinary Mixture-of-Experts without pools), ``evaluate``, ``card``. And ``texts``: scenario texts for
+``moe-experts``, into a folder.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import torch
 from moe_runtime.experts.demo import MODEL, checkpoint, tokens
 from moe_runtime.experts.demo.card import write_card
 from moe_runtime.experts.demo.evaluate import evaluate, specialisation
+from moe_runtime.experts.demo.texts import write_texts
 from moe_runtime.experts.demo.train import Recipe, prepare, save, train
 
 HERE = Path(__file__).parent
@@ -81,13 +83,20 @@ def run_evaluate(which: str, folder: Path, sets: list[str], threads: int) -> Non
 def main() -> None:
     """Parse the command line and run the steps."""
     parser = argparse.ArgumentParser(prog="moe_runtime.experts.demo", description=__doc__)
-    parser.add_argument("step", nargs="?", choices=("all", "train", "evaluate", "card"), default="all")
+    parser.add_argument(
+        "step", nargs="?", choices=("all", "train", "evaluate", "card", "texts"), default="all"
+    )
     parser.add_argument("--control", action="store_true", help="the ordinary model without expert pools")
     parser.add_argument("--output", type=Path, help="model folder to write, or to evaluate")
     parser.add_argument("--steps", type=int, help="steps of each stage, fewer to try the recipe")
     parser.add_argument("--sets", nargs="+", default=["train", "tune", "blind", "masks"])
     parser.add_argument("--threads", type=int, default=2, help="for evaluate; training's are in the recipe")
     arguments = parser.parse_args()
+    if arguments.step == "texts":
+        folder = arguments.output or Path("demo_texts")
+        for name, count in write_texts(folder).items():
+            print(f"{folder / name}: {count} lines")
+        return
     which = "control" if arguments.control else "demo"
     folder = arguments.output or (CONTROL if arguments.control else MODEL)
     if arguments.step in ("all", "train"):

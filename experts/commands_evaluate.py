@@ -1,0 +1,238 @@
+"""``moe-experts evaluate`` and ``simulate``: what a plan costs on held-out texts; nothing is cut."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moe_runtime.engine import Engine
+from moe_runtime.errors import ConfigError, PlanError
+from moe_runtime.experts import documents
+from moe_runtime.experts.certificate import Certificate
+from moe_runtime.experts.corpus import Corpus, find_scenarios, read_corpus
+from moe_runtime.experts.corpus_text import Renderer
+from moe_runtime.experts.evaluation import (
+    Limits,
+    baselines,
+    measure_answers,
+    measure_divergence,
+    objections,
+    planning_fingerprints,
+    require_apart,
+)
+from moe_runtime.experts.forward import Runner
+from moe_runtime.experts.model_identity import ModelIdentity
+from moe_runtime.experts.options import add_engine_arguments, engine_config
+from moe_runtime.experts.plan_file import PlanFile
+from moe_runtime.experts.progress import Progress
+from moe_runtime.experts.statistics import Statistics
+from moe_runtime.experts.statistics_file import load_statistics
+
+KIND = "evaluation"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compare the full model with itself under a plan's mask, on texts that the plan has not seen: KL "
+        "divergence with 95 % intervals, whole answers, other scenarios (the blast radius), random masks and "
+        "every other score at equal bytes. Exit status 2 when the plan costs more than its limits."
+    )
+    parser.add_argument(
+        "texts",
+        nargs="+",
+        metavar="TEXT",
+        help="test texts as `profile` takes them, by scenario; those of the plan's scenario decide, all "
+        'others are told. {"messages": [...], "answer": "..."} lines are questions to be answered',
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--plan", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--statistics", type=Path, required=True, metavar="FILE", help="the plan's")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the evaluation, as a JSON document")
+    parser.add_argument("--certificate", type=Path, metavar="FILE", help="what the server asks for")
+    limits = Limits()
+    parser.add_argument(
+        "--max-kl", type=float, default=limits.kl_mean, help="nats, mean (default %(default)s)"
+    )
+    parser.add_argument("--max-kl-p99", type=float, default=limits.kl_p99, help="nats (default %(default)s)")
+    parser.add_argument(
+        "--max-match-loss",
+        type=float,
+        default=limits.match_loss,
+        help="of right answers (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-loop-rise",
+        type=float,
+        default=limits.loop_rise,
+        help="of looping answers (default %(default)s)",
+    )
+    parser.add_argument("--max-answers", type=int, default=200, help="per set of texts (default %(default)s)")
+    parser.add_argument("--answer-tokens", type=int, default=128, help="of one answer (default %(default)s)")
+    parser.add_argument("--max-tokens", type=int, help="of test text per set (default: all)")
+    parser.add_argument("--no-baselines", action="store_true", help="leave out random and other scores")
+    parser.add_argument("--seed", type=int, default=0, help="of order and intervals (default %(default)s)")
+    add_engine_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    limits = Limits(arguments.max_kl, arguments.max_kl_p99, arguments.max_match_loss, arguments.max_loop_rise)
+    plan, statistics, identity = _inputs(arguments)
+    corpora = read_corpora(arguments)
+    own = [corpus.scenario for corpus in corpora if corpus.scenario in _scenarios(plan)]
+    if not own:
+        raise PlanError(
+            f"no test text of the plan's scenario {plan.name!r} among {[c.scenario for c in corpora]}; name "
+            f"one with {_scenarios(plan)[0]}=PATH"
+        )
+    require_apart(corpora, planning_fingerprints(statistics, plan))
+    body = _measure(arguments, plan, statistics, corpora, own)
+    reasons = objections([found for found in body["sets"] if found["in_scenario"]], limits)
+    body |= {"limits": asdict(limits), "passed": not reasons, "reasons": reasons, "model": identity.to_json()}
+    inputs = {"plan": plan.digest, "statistics": statistics.digest}
+    if arguments.out is not None:
+        documents.save(arguments.out, KIND, body, inputs)
+    if arguments.certificate is not None:
+        _certificate(plan, identity, body, limits, corpora).save(arguments.certificate, inputs)
+    print(json.dumps(body) if arguments.json else _table(body))
+    return 0 if body["passed"] else 2
+
+
+def _inputs(arguments: argparse.Namespace) -> tuple[PlanFile, Statistics, ModelIdentity]:
+    for name in ("max_kl", "max_kl_p99", "max_answers", "answer_tokens"):
+        if not getattr(arguments, name) > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be above 0")
+    identity = ModelIdentity.of(arguments.model)
+    plan = PlanFile.load(arguments.plan)
+    identity.check(plan.model, arguments.plan.name)
+    statistics = load_statistics(arguments.statistics, identity)
+    if statistics.digest != plan.statistics:
+        raise PlanError(f"{arguments.statistics.name}: {arguments.plan.name} was made from other statistics")
+    return plan, statistics, identity
+
+
+def _scenarios(plan: PlanFile) -> tuple[str, ...]:
+    return (plan.scenario,) if isinstance(plan.scenario, str) else plan.scenario
+
+
+def read_corpora(arguments: argparse.Namespace) -> list[Corpus]:
+    """Of ``arguments.texts``, ``model``, ``seed`` and ``max_tokens``."""
+    renderer = Renderer.load(arguments.model)
+    found = [
+        read_corpus(name, path, renderer, seed=arguments.seed)
+        for name, path in find_scenarios(arguments.texts).items()
+    ]
+    return found if arguments.max_tokens is None else [corpus.take(arguments.max_tokens) for corpus in found]
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    plan: PlanFile,
+    statistics: Statistics,
+    corpora: Sequence[Corpus],
+    own: Sequence[str],
+) -> dict[str, Any]:
+    config = engine_config(arguments)
+    runner = Runner.load(arguments.model, config)
+    parts = runner.parts
+    engine = Engine(parts.model, parts.tokenizer, config, chooser=parts.chooser, sampler=parts.sampler)
+    others = {} if arguments.no_baselines else baselines(statistics, _scenarios(plan), plan.mask)
+    sets, compared = [], {}
+    for corpus in corpora:
+        masks = {"plan": plan.mask} | (others if corpus.scenario in own else {})
+        with Progress(f"{corpus.scenario}: divergence", corpus.num_tokens * len(masks)) as progress:
+            found = measure_divergence(runner, corpus, masks, arguments.seed, progress.advance)
+        asked = sum(bool(text.rendered.prompt_ids) for text in corpus.texts)
+        with Progress(
+            f"{corpus.scenario}: answers", 2 * min(asked, arguments.max_answers), "answers"
+        ) as progress:
+            answers = measure_answers(
+                engine, corpus, plan.mask, arguments.max_answers, arguments.answer_tokens, progress.advance
+            )
+        sets.append(
+            {
+                "name": corpus.scenario,
+                "in_scenario": corpus.scenario in own,
+                "digest": corpus.digest,
+                "divergence": found.pop("plan"),
+                "answers": answers,
+            }
+        )
+        if found:
+            compared[corpus.scenario] = found
+    return {
+        "scenario": plan.scenario if isinstance(plan.scenario, str) else list(plan.scenario),
+        "plan": plan.digest,
+        "mask_digest": plan.mask.digest,
+        "experts": {"kept": plan.mask.num_kept, "all": sum(plan.mask.num_experts.values())},
+        "bytes": dict(plan.num_bytes),
+        "sets": sets,
+        "baselines": compared,
+    }
+
+
+def _certificate(
+    plan: PlanFile,
+    identity: ModelIdentity,
+    body: Mapping[str, Any],
+    limits: Limits,
+    corpora: Sequence[Corpus],
+) -> Certificate:
+    """Of several sets of the plan's own scenarios the worst number counts."""
+    own = [found for found in body["sets"] if found["in_scenario"]]
+
+    def worst(name: str, part: str) -> float:
+        return max(float(found["divergence"][name][part]) for found in own)
+
+    return Certificate(
+        scenario=plan.scenario,
+        plan=plan.digest,
+        mask_digest=plan.mask.digest,
+        model=identity.to_json(),
+        budget={"kl_mean": limits.kl_mean, "kl_p99": limits.kl_p99},
+        passed=body["passed"],
+        reasons=tuple(body["reasons"]),
+        measured={
+            "kl_mean": worst("kl_mean", "high"),
+            "kl_p99": worst("kl_p99", "value"),
+            "sets": {found["name"]: found["answers"] for found in own},
+        },
+        test={corpus.scenario: corpus.digest for corpus in corpora},
+    )
+
+
+def _table(body: Mapping[str, Any]) -> str:
+    experts, sizes = body["experts"], body["bytes"]
+    lines = [
+        f"{body['scenario']}: {experts['kept']} of {experts['all']} experts, {sizes['kept'] / 1e6:.1f} of "
+        f"{sizes['full'] / 1e6:.1f} MB",
+        f"{'texts':<22}{'mean KL (95 %)':<27}{'p99 KL':>8}{'top-1':>8}{'NLL':>9}"
+        f"{'right, full':>13}{'masked':>8}{'loops':>8}",
+    ]
+    lines += [
+        _row(found["name"], found["divergence"], found["answers"], found["in_scenario"])
+        for found in body["sets"]
+    ]
+    for scenario, masks in body["baselines"].items():
+        lines.append(f"at equal bytes, on {scenario}:")
+        lines += [_row(name, found, None, False) for name, found in sorted(masks.items(), key=_by_kl)]
+    lines.append("passed" if body["passed"] else "REFUSED: " + "; ".join(body["reasons"]))
+    return "\n".join(lines)
+
+
+def _by_kl(row: tuple[str, Mapping[str, Any]]) -> float:
+    return float(row[1]["kl_mean"]["value"])
+
+
+def _row(name: str, divergence: Mapping[str, Any], answers: Mapping[str, Any] | None, own: bool) -> str:
+    kl, match = divergence["kl_mean"], (answers or {}).get("exact_match")
+    ends = f"{answers['loop_rate']['masked']:>8.1%}" if answers else ""
+    right = f"{match['full']:>13.1%}{match['masked']:>8.1%}" if match else f"{'':>21}"
+    interval = f"{kl['value']:.4f} ({kl['low']:.4f}-{kl['high']:.4f})"
+    return (
+        f"{name + (' *' if own else ''):<22}{interval:<27}{divergence['kl_p99']['value']:>8.3f}"
+        f"{divergence['top1']['value']:>8.1%}{divergence['nll_change']['value']:>+9.4f}{right}{ends}"
+    )
