@@ -20,10 +20,12 @@ Body = Mapping[str, Any]
 LINEAR_BELOW = 1e-3  # nats: above it KL's axis is logarithmic, below it reaches 0
 
 
-def _kl_axis(axis: Any, highest: float) -> None:
-    """Ticks 0, 0.001, 0.01 ... up to ``highest``."""
-    ticks = [0.0] + [10.0**power for power in range(-3, 3) if 10.0**power <= highest * 1.5]
-    axis.set_ticks(ticks)
+def _kl_axis(axis: Any, highest: float, steps: Sequence[int] = (1,)) -> None:
+    """Ticks ``steps`` times 0.001, 0.01 ... up to ``highest``, and 0 where the axis has it."""
+    ticks = [step * 10.0**power for power in range(-4, 3) for step in steps]
+    low, _ = axis.get_view_interval()
+    shown = [tick for tick in ticks if max(low, LINEAR_BELOW * (low == 0)) <= tick <= highest * 1.5]
+    axis.set_ticks([0.0, *shown] if low == 0 else shown)
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -46,29 +48,32 @@ def pareto(body: Body, colours: Mapping[str, str]) -> str:
         limits = sorted({*_limits(body)})
         for limit in limits:
             axes.axhline(limit, color=BAD, lw=1.5, ls=(0, (5, 3)), zorder=1)
-            axes.text(
-                1.0, limit, f"limit {limit:g} nats ", color=BAD, ha="right", va="bottom",
-                transform=axes.get_yaxis_transform(), fontsize=11,
+            axes.annotate(
+                f"limit: {limit:g} nats", (1.0, limit), (0, 4), axes.get_yaxis_transform(), "offset points",
+                color=BAD, ha="right", va="bottom", fontsize=11,
             )  # fmt: skip
         highest = max([highest, *limits])
         axes.set_yscale("symlog", linthresh=LINEAR_BELOW, linscale=0.5)
-        axes.set_ylim(0, highest * 1.6)
+        axes.set_ylim(0, highest * 2)
         _kl_axis(axes.yaxis, highest)
         axes.set_xlabel(f"weights kept, {name} (the full model has {full / unit:.3g})")
         axes.set_ylabel("mean KL, nats")
         axes.grid()
-        handles += [
-            Line2D(
-                [], [], color=QUIET, marker="o", lw=0, ms=7, label="measured while planning, within limits"
-            ),
-            Line2D([], [], color=QUIET, marker="o", mfc="none", lw=0, ms=7, label="over them"),
-            Line2D(
-                [], [], color=INK, marker="D", mfc=QUIET, lw=1.5, ms=8, label="the plan, held-out test, 95 %"
-            ),
-        ]
-        figure.legend(handles=handles, loc="outside upper left", ncols=3)
+        figure.legend(handles=handles, loc="outside upper left", ncols=4)
+        axes.legend(handles=_marks(), loc="lower left")
 
     return drawn("pareto", 470, draw)
+
+
+def _marks() -> list[Line2D]:
+    """What the shapes of its points mean."""
+    return [
+        Line2D([], [], color=QUIET, marker="o", lw=0, ms=7, label="measured while planning, within limits"),
+        Line2D([], [], color=QUIET, marker="o", mfc="none", lw=0, ms=7, label="measured, over a limit"),
+        Line2D(
+            [], [], color=INK, marker="D", mfc=QUIET, lw=1.5, ms=8, label="the plan on the test texts, 95 %"
+        ),
+    ]
 
 
 def _curve(axes: Axes, curve: Sequence[Body], shade: str, unit: float) -> None:
@@ -153,6 +158,7 @@ def baselines(body: Body, colours: Mapping[str, str]) -> str:
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     highest = max(found["kl_mean"]["high"] for _, _, masks in panels for found in masks.values())
+    lowest = min(found["kl_mean"]["low"] for _, _, masks in panels for found in masks.values())
     most = max(len(masks) for _, _, masks in panels)
 
     def draw(figure: Figure) -> None:
@@ -164,9 +170,14 @@ def baselines(body: Body, colours: Mapping[str, str]) -> str:
             axes.axvline(row["limits"]["kl_mean"], color=BAD, lw=1.5, ls=(0, (5, 3)), zorder=1)
             same = row["label"] == name
             axes.set_title(shorten(name if same else f"{row['label']} on {name}", 34), color=INK)
-            axes.set_xscale("symlog", linthresh=LINEAR_BELOW, linscale=0.4)
-            axes.set_xlim(0, highest * 1.5)
-            _kl_axis(axes.xaxis, highest)
+            if lowest > 0:
+                axes.set_xscale("log")
+                axes.set_xlim(lowest / 1.4, highest * 1.4)
+                _kl_axis(axes.xaxis, highest, [1, 2, 5])
+            else:  # a cut that changes nothing: planted models have them
+                axes.set_xscale("symlog", linthresh=LINEAR_BELOW, linscale=0.4)
+                axes.set_xlim(0, highest * 1.5)
+                _kl_axis(axes.xaxis, highest)
             axes.set_xlabel("mean KL, nats")
             axes.grid(axis="x")
 

@@ -123,7 +123,7 @@ def importance(body: Body, colours: Mapping[str, str]) -> str:
     layers = body["shape"]["layers"]
 
     def draw(figure: Figure) -> None:
-        figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1)  # inches
+        figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.1)  # inches
         grid = figure.add_gridspec(down + 1, across, height_ratios=[1.0] * down + [0.72])
         for number, name in enumerate(names):
             axes = figure.add_subplot(grid[number // across, number % across])

@@ -157,7 +157,7 @@ def _blast(body: Body) -> list[str]:
             _, name, match = min(drops, key=lambda each: each[0])
             sentence += (
                 f". Right answers elsewhere fall by {100 * average:.1f} points on average; {name} keeps "
-                f"most, {match['masked']:.1%} of {match['full']:.1%}"
+                f"most: {match['full']:.1%} → {match['masked']:.1%}"
             )
         told.append(sentence + ".")
     return told
@@ -177,7 +177,8 @@ def _baselines(body: Body) -> list[str]:
             f"{kl_text(median(chance))} for random cuts of the same bytes" if chance else "no random cuts"
         )
         rest = f"; lower still: {', '.join(better)}" if better else "; no other score does better"
-        told.append(f"{row['label']} on {name}: {kl_text(own)} nats against {random}{rest}.")
+        where = name if name == row["label"] else f"{row['label']} on {name}"
+        told.append(f"{where}: {kl_text(own)} nats against {random}{rest}.")
     return told
 
 

@@ -30,7 +30,7 @@ def set_names(body: Body) -> list[str]:
 
 def baseline_panels(body: Body) -> list[tuple[Body, str, Mapping[str, Any]]]:
     """Every evaluation's baselines by test set: evaluation, set's name, masks with the plan among them."""
-    panels = []
+    panels: list[tuple[Body, str, Mapping[str, Any]]] = []
     for row in body["evaluations"]:
         sets = {found["name"]: found for found in row["sets"]}
         for name, masks in row["baselines"].items():

@@ -94,12 +94,12 @@ def _card(plan: Body, body: Body, colour: str) -> str:
 def _measured(found: Body, limits: Mapping[str, float]) -> list[str]:
     divergence, match = found["divergence"], (found["answers"] or {}).get("exact_match")
     kl, p99 = divergence["kl_mean"], divergence["kl_p99"]["value"]
-    lines = [*_pair("mean KL, 95 %", f"{interval(kl)}, limit {limits['kl_mean']:g}")]
+    lines = _pair(f"mean KL, at most {limits['kl_mean']:g}", interval(kl))
     lines.append(_meter(kl["high"], limits["kl_mean"]))
-    lines += [*_pair("p99 KL", f"{kl_text(p99)}, limit {limits['kl_p99']:g}"), _meter(p99, limits["kl_p99"])]
+    lines += [*_pair(f"p99 KL, at most {limits['kl_p99']:g}", kl_text(p99)), _meter(p99, limits["kl_p99"])]
     if match:
         lines += _pair("right answers", f"{match['full']:.1%} → {match['masked']:.1%}")
-    lines += _pair("tested on", f"{found['name']}, {divergence['documents']:,} documents")
+    lines += _pair("test documents", f"{divergence['documents']:,} of {found['name']}")
     return lines
 
 

@@ -30,7 +30,7 @@ def read_serving(path: Path) -> dict[str, Any]:
     """
     try:
         data = path.read_bytes()
-        value = parse_json(data)
+        value: Any = parse_json(data)
     except OSError as error:
         raise PlanError(f"{path.name}: {error.strerror}") from error
     except ValueError as error:

@@ -35,7 +35,7 @@ COST = LinearSegmentedColormap.from_list("cost", ["#e9f7ef", "#fdf3d3", "#f9c784
 
 WIDTH = 1080  # pixels of the page's column: pictures are drawn in its pixels
 POINTS = 72  # one inch of matplotlib's; at 72 dots its points are our pixels
-SETTINGS = {
+SETTINGS: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "moe-experts report", "text.parse_math": False,
     "figure.dpi": POINTS, "savefig.dpi": POINTS, "figure.facecolor": "none", "axes.facecolor": "none",
     "font.family": "DejaVu Sans", "font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12,
@@ -67,7 +67,9 @@ def inlined(svg: str, name: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(
+        r'(<svg\b[^>]*?) width="([\d.]+)pt"', r'\1 width="\2"', svg, count=1
+    )  # our points are pixels
     svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(?<= id=")', f"{name}-", svg)
     svg = re.sub(r'(?<=url\(#)|(?<=xlink:href="#)', f"{name}-", svg)

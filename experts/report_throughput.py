@@ -16,12 +16,12 @@ COLOURS = {"full": "#98a2b3", "virtual": "#3a6fd8", "mixed": "#a259c9", "physica
 def serving(rows: Sequence[Mapping[str, Any]]) -> str:
     """Tokens per second by concurrency, then memory and start, a bar per way and scenario."""
     streams = sorted({int(each) for row in rows for each in row["tokens_per_s"]})
-    sizes = [
-        ("memory, GB", "rss_bytes", 1e9),
-        ("weights, GB", "bytes", 1e9),
-        ("start, seconds", "start_s", 1.0),
-    ]
-    sizes = [size for size in sizes if any(row[size[1]] is not None for row in rows)]
+    sizes = []
+    for what, name in (("memory", "rss_bytes"), ("weights", "bytes"), ("start", "start_s")):
+        largest = max((row[name] or 0.0 for row in rows), default=0.0)
+        scale, unit = (1.0, "seconds") if what == "start" else (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
+        if largest:
+            sizes.append((f"{what}, {unit}", name, scale))
 
     def draw(figure: Figure) -> None:
         top = figure.add_gridspec(2 if streams and sizes else 1, 1, height_ratios=None)

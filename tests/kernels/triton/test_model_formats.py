@@ -1,4 +1,4 @@
-"""Tiny models with few bits, as published or in the cache, on Triton's kernels against the reference backend."""
+"""Tiny models with few bits, as published or in the cache, on Triton's kernels against the reference."""
 
 from pathlib import Path
 
