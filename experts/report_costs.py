@@ -17,6 +17,7 @@ from moe_runtime.experts.report_numbers import NO_VALUE, baseline_panels, kl_tex
 from moe_runtime.experts.report_style import BAD, COST, EMPTY, HEAT, INK, MUTED, QUIET, drawn, shorten
 
 Body = Mapping[str, Any]
+FRAME = "#f2800d"  # of a plan's own cells: seen on pale and dark, on any ground
 LINEAR_BELOW = 1e-3  # nats: above it KL's axis is logarithmic, below it reaches 0
 
 
@@ -128,7 +129,7 @@ def blast_radius(body: Body) -> str:
                     cell_of(axes, row, column, shade, text, note)
                     if name in sets and sets[name]["in_scenario"]:
                         corner = (column - 0.48, row - 0.47)
-                        axes.add_patch(Rectangle(corner, 0.96, 0.94, fill=False, edgecolor=INK, lw=2.5))
+                        axes.add_patch(Rectangle(corner, 0.96, 0.94, fill=False, edgecolor=FRAME, lw=3))
             frame_cells(axes, labels, [shorten(name, 18) for name in columns])
         left.set_title("mean KL, nats (p99 below)", pad=30)
         right.set_title("answers exactly right (full model below)", pad=30)

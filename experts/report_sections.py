@@ -40,46 +40,10 @@ class Section:
 
 def sections(body: Body) -> list[Section]:
     """Those that there is anything to say in."""
-    statistics = body["sources"][0]["file"]
     plans = [plan["file"] for plan in body["plans"]]
     evaluations = [row["file"] for row in body["evaluations"]]
-    found = []
-    if plans:
-        found.append(
-            Section(
-                "keep_map",
-                "Which experts each plan keeps",
-                "Every cell is an expert. A single colour: only that plan keeps it. Split: several do. Dark: "
-                "all do. Pale: nobody does, so a server of these scenarios need not load it.",
-                True,
-                plan_table(body),
-                plans,
-            )
-        )
-    if len(plans) > 1:
-        found.append(
-            Section(
-                "overlap",
-                "How much scenarios overlap",
-                "Experts that both keep, as a share of those that either keeps (Jaccard). High numbers: the "
-                "two can share memory. Low ones: each is a specialist.",
-                True,
-                overlap_table(body),
-                plans,
-            )
-        )
-    found.append(
-        Section(
-            "importance",
-            "How unevenly experts matter",
-            f"A line per layer (deeper layers darker): the share of the score ({body['score']}) that the "
-            "best experts hold together. The steeper it rises, the more can go; the dashed line is all "
-            "experts alike. Dots are the plans.",
-            True,
-            importance_table(body),
-            [statistics, *plans],
-        )
-    )
+    found = _kept(body, plans)
+    found.append(_importance(body, [body["sources"][0]["file"], *plans]))
     if has_pareto(body):
         found.append(
             Section(
@@ -108,6 +72,48 @@ def sections(body: Body) -> list[Section]:
             )
         )
     return found
+
+
+def _kept(body: Body, plans: Sequence[str]) -> list[Section]:
+    found = []
+    if plans:
+        found.append(
+            Section(
+                "keep_map",
+                "Which experts each plan keeps",
+                "Every cell is an expert. A single colour: only that plan keeps it. Split: several do. "
+                "Slate: all do. Faint: nobody does, so a server of these scenarios need not load it.",
+                True,
+                plan_table(body),
+                plans,
+            )
+        )
+    if len(plans) > 1:
+        found.append(
+            Section(
+                "overlap",
+                "How much scenarios overlap",
+                "Experts that both keep, as a share of those that either keeps (Jaccard). High numbers: the "
+                "two can share memory. Low ones: each is a specialist.",
+                True,
+                overlap_table(body),
+                plans,
+            )
+        )
+    return found
+
+
+def _importance(body: Body, files: Sequence[str]) -> Section:
+    return Section(
+        "importance",
+        "How unevenly experts matter",
+        f"A line per layer (deeper layers darker): the share of the score ({body['score']}) that the "
+        "best experts hold together. The steeper it rises, the more can go; the dashed line is all "
+        "experts alike. Dots are the plans.",
+        True,
+        importance_table(body),
+        files,
+    )
 
 
 def _evaluated(body: Body, files: Sequence[str]) -> list[Section]:

@@ -147,12 +147,11 @@ def _check_auto_map(auto_map: object, published: frozenset[str], file: str = CON
 def find_weights(model: Decoder, checkpoint: Checkpoint, recipe: Recipe) -> list[StoredWeight]:
     """What the checkpoint has for each slot; names, shapes and dtypes fit. No byte of weights is read."""
     dtype: torch.dtype = getattr(torch, model.config.dtype)
-    slots = [
-        slot
-        for slot in model.slots()
+    stored = [
+        _find(slot, checkpoint, model.config, dtype)
+        for slot in model.slots()  # one by one: see _find
         if not (slot.absent and slot.name.rpartition(".")[0] in checkpoint.left_out)
     ]
-    stored = [_find(slot, checkpoint, model.config, dtype) for slot in slots]
     wanted = {entry.name for weight in stored for entry in weight.entries}
     for name, entry in checkpoint.entries.items():
         if name not in wanted and not model.ignores(name):
