@@ -205,7 +205,10 @@ def _check_texts(statistics: Statistics, wish: Wish, corpora: Mapping[str, Corpu
         if name not in corpora:
             known = ", ".join(sorted(corpora)) or "none"
             raise PlanError(f"no text of scenario {name!r} to measure on; there are texts of: {known}")
-        corpora[name].require(MIN_TEXT_TOKENS, "a 99 % quantile of fewer says little")
+        corpora[name].require(
+            MIN_TEXT_TOKENS,
+            "a 99 % quantile of fewer says little; give more --text, or a larger --max-tokens",
+        )
         if corpora[name].digest in statistics.of(name).corpora:
             raise PlanError(
                 f"scenario {name!r}: this very text was profiled; a KL budget needs text that was held out"

@@ -61,7 +61,7 @@ def autotune(
                 for size in _sizes(max_tokens * top_k):
                     key = f"{chip} | {name} | {size}"
                     entry = known.get(key)
-                    if not _is_current(entry, packed[0], size):
+                    if entry is None or not _is_current(entry, packed[0], size):
                         LOGGER.info("measuring tiles: %s", key)
                         entry = found[key] = _measure(packed, size, top_k, clock)
                     _give(packed, size, _choice(entry))
@@ -82,9 +82,9 @@ def _by_shape(model: Decoder) -> dict[str, list[Packed]]:
         for place in () if slot.any_float else slot.places:  # routers have a kernel of their own
             packed = getattr(place.owner, place.attribute, None)
             if isinstance(packed, DeviceExperts):
-                kind, sizes = "experts", (packed.num_experts, packed.intermediate, packed.hidden)
+                kind, sizes = "experts", [packed.num_experts, packed.intermediate, packed.hidden]
             elif isinstance(packed, DeviceLinear) and packed.heads == 1:
-                kind, sizes = "linear", (packed.out_features, packed.in_features)
+                kind, sizes = "linear", [packed.out_features, packed.in_features]
             else:
                 continue
             shape = f"{kind} | {packed.format} | {' x '.join(map(str, sizes))}"

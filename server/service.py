@@ -107,7 +107,7 @@ def build_service(
         Gate(),
         metrics,
         max_prompt_characters=NORMALISING * longest * engine.engine.max_context,
-        scenarios=scenarios or Scenarios(),
+        scenarios=Scenarios() if scenarios is None else scenarios,
         drift_log=DriftLog(config.drift_log, metrics.scenarios),
         admin_token=read_admin_token(config.admin_token_file),
     )

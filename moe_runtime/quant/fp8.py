@@ -91,7 +91,7 @@ def keep_codes(stored: Sequence[Stored], quantized: Collection[Part]) -> list[St
     for numbers in places.values():
         if all(_can_keep(stored[number], number == numbers[-1], quantized) for number in numbers):
             for number in numbers:
-                result[number] = replace(stored[number], kept=True)
+                result[number] = replace(stored[number], kept=True)  # type: ignore[type-var]
     return result
 
 

@@ -305,3 +305,13 @@ def test_an_uncertified_scenario_is_left_out_and_says_why(model: Path, tmp_path:
         assert card["scenario"]["certificate"]["objections"] == [
             "its certificate is missing (certificate.json)"
         ]
+
+
+def test_where_every_scenario_is_refused_the_answer_still_says_why(model: Path, tmp_path: Path) -> None:
+    write_scenario(tmp_path, model, "credit", some_mask(model, 3, 0))
+    (tmp_path / "credit" / "certificate.json").unlink()
+    with served(model, scenario_dir=tmp_path) as server:
+        body = {"model": "tiny:credit", "prompt": "What?", "max_tokens": 1}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert answer.status_code == 404
+    assert "certificate is missing" in answer.json()["error"]["message"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from moe_runtime.errors import KernelError
 from moe_runtime.kernels.packed import QuantizedWeight, Weight
 from moe_runtime.kernels.triton.weight_bits import interleave_bytes, unpack_nibbles
 from moe_runtime.kernels.triton.weights import DeviceExperts, DeviceLinear, DeviceMatrix, expert_home
@@ -27,14 +28,21 @@ def unpack_matrix(home: DeviceMatrix, index: int) -> Weight:
     if form.kind in ("int8", "float8"):
         codes = interleave_bytes(data.view(torch.uint8))[:, : home.in_features].contiguous()
         codes = codes ^ 128 if form.kind == "int8" else codes.view(torch.float8_e4m3fn)
-        scales = home.row_scales[index].unsqueeze(1) if home.scales is None else home.scales[index]
+        scales = _part_of(home.row_scales, index).unsqueeze(1) if home.scales is None else home.scales[index]
         return QuantizedWeight(codes, scales.cpu(), None, form)
-    row_scales = home.row_scales[index].cpu()[:, None]
+    row_scales = _part_of(home.row_scales, index).cpu()[:, None]
     groups = form.num_groups(home.in_features)
-    scales = home.scales[index, :groups].cpu().T.float() * row_scales
+    scales = _part_of(home.scales, index)[:groups].cpu().T.float() * row_scales
     zeros = None if home.zeros is None else home.zeros[index, :groups].cpu().T.contiguous()
     codes = unpack_nibbles(data)[:, : home.in_features].contiguous()
     return QuantizedWeight(codes, scales.contiguous(), zeros, form)
+
+
+def _part_of(scales: torch.Tensor | None, index: int) -> torch.Tensor:
+    """A matrix's part of what its format always has."""
+    if scales is None:
+        raise KernelError("weights in integers or float8 without their scales")
+    return scales[index]
 
 
 def dequantize(home: DeviceMatrix) -> torch.Tensor:
