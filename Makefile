@@ -13,7 +13,7 @@ serve: $(VENV)/.installed                ## serve the bundled demo model on 127.
 	$(BIN)/moe-serve $(ARGS)
 
 test: $(VENV)/.installed-test $(VENV)/.node  ## every test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed-test           ## formatting, lint, types
 	$(BIN)/ruff format --check .
