@@ -51,6 +51,9 @@ def autotune(
 
     Before graphs are captured. Raises ConfigError for a folder that is not ours or cannot be written.
     """
+    if model.device.type == "cpu":
+        LOGGER.warning("--autotune-dir: there is no GPU to measure, nothing is tuned")
+        return 0
     clock, chip = clock or gpu_clock, chip or _chip(model.device)
     try:
         with open_folder(folder, links=True, make=True, mode=0o700) as descriptor:

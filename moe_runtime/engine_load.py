@@ -77,7 +77,7 @@ def load_parts(
     gate = Gate.choose(config.max_quant_kl, recipe, model_config, model_dir, tokenizer)
     with told_as_config_errors(chosen.device):
         model = loader.load_model(model_dir, chosen, recipe, store, gate, room)
-        if config.autotune_dir is not None and chosen.device.type != "cpu":
+        if config.autotune_dir is not None:
             autotune(model, config.autotune_dir, config.max_batch_tokens)
     growing = LiveExperts(model, model_dir, recipe) if live else None
     if chosen.backend == "cpu":

@@ -120,7 +120,7 @@ class ModelConfig:
     ``moe_layers[i]`` says whether layer i routes; the others are dense MLPs of ``intermediate_size``.
     ``num_experts_per_layer`` is empty where all layers have ``moe.num_experts``; else it has a number for
     every layer (0 for dense ones), the largest of which is ``moe.num_experts``.
-    ``dtype`` is the weights' own: bfloat16, float16 or float32 (float8 checkpoints are widened to it).
+    ``dtype`` is the weights' own: bfloat16, float16 or float32 (float8 weights that are widened become it).
     ``fp8`` and ``int4`` say how the checkpoint holds its quantised matrices, if it has any.
     ``num_extra_layers`` counts layers for multi-token prediction that the checkpoint may hold after the last
     ordinary one; they are not used. ``weight_bytes`` is what the weights occupy, filled in by the loader.

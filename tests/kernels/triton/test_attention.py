@@ -2,7 +2,7 @@
 bit against bit: whatever shares a token's batch, chunk or block changes nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -34,6 +34,7 @@ CASES = [
     for dtype in EPS
     if dtype in (torch.bfloat16, torch.int8) or shape in ("gqa", "odd")
 ]
+ONE_EACH = list(zip(SHAPES, [*EPS, torch.bfloat16, torch.int8], strict=True))
 Rows = Sequence[tuple[int, int]]  # (sequence, position) of each token
 
 
@@ -123,17 +124,25 @@ def shares(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
 # --- truth --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
-@pytest.mark.parametrize("rows", [last_tokens, all_tokens])
-def test_every_shape_is_within_the_error_bound(
-    rows: Callable[[World], Rows], shape: str, dtype: torch.dtype, device: torch.device
-) -> None:
+def check(world: World, rows: Rows, device: torch.device) -> None:
     """Values are averages of standard normal numbers: each weight and sum is rounded a few times."""
-    world = World(shape, [1, 15, 17], dtype)
-    chosen = rows(world)
-    got, expected = world.run(chosen, device), world.truth(chosen)
+    got, expected = world.run(rows, device), world.truth(rows)
     assert got.shape == expected.shape and torch.isfinite(got).all()
-    assert (got.double() - expected).abs().max() <= 16 * EPS[dtype] * world.largest_value
+    assert (got.double() - expected).abs().max() <= 16 * EPS[world.dtype] * world.largest_value
+
+
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def test_a_step_of_decoding_is_within_the_error_bound(
+    shape: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    world = World(shape, [1, 15, 17], dtype)
+    check(world, last_tokens(world), device)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), ONE_EACH, ids=str)
+def test_whole_texts_are_within_the_error_bound(shape: str, dtype: torch.dtype, device: torch.device) -> None:
+    world = World(shape, [1, 15, 17], dtype)
+    check(world, all_tokens(world), device)
 
 
 def test_splits_of_long_texts_are_merged(shares: int, device: torch.device) -> None:
@@ -157,7 +166,7 @@ def test_a_token_has_the_same_bits_alone_in_any_chunk_and_in_any_company(
         watched = [(0, place) for place in range(end - 2, end + 2)]
         alone = torch.cat([world.run([row], device) for row in watched])
         assert torch.equal(world.run(watched, device), alone)
-        for first in range(3):
+        for first in (0, 2):
             window = watched[first : first + 2]
             company = [(1, 2), *window, (2, 39), (1, 0), (2, 15), (2, 16)]
             assert torch.equal(world.run(company, device)[1:3], alone[first : first + 2])

@@ -102,6 +102,12 @@ def test_the_fastest_that_fits_is_chosen_kept_and_not_measured_again(model: Deco
     assert autotune(model, folder, MOST_TOKENS, clock, "Another GPU | triton 3") > 0
 
 
+def test_without_a_gpu_nothing_is_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    on_the_cpu = load_model(tiny_checkpoint(tmp_path / "model"), choose("reference"))
+    assert autotune(on_the_cpu, tmp_path / "tiles", MOST_TOKENS) == 0
+    assert "no GPU to measure" in caplog.text and not (tmp_path / "tiles").exists()
+
+
 def test_noise_is_no_reason_to_change(model: Decoder, tmp_path: Path) -> None:
     clock = Clock(lambda operation, choice: 1.0 if choice is None else 0.98)
     autotune(model, tmp_path, MOST_TOKENS, clock, CHIP)
