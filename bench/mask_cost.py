@@ -78,9 +78,8 @@ def main() -> None:
         for name, values in seconds.items()
     }
     for name, row in result.items():
-        print(
-            f"{name:<14} {row['step_ms']['median']:7.2f} ms, {row['to_none']['median']:.3f} of one without masks"
-        )
+        step_ms, ratio = row["step_ms"]["median"], row["to_none"]["median"]
+        print(f"{name:<14} {step_ms:7.2f} ms, {ratio:.3f} of a step without masks")
     name = f"mask_cost-{arguments.quantize}"
     print(
         "saved", save(name, {"machine": machine(), "batch": batch, "quantize": arguments.quantize, **result})
