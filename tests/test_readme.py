@@ -9,10 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from scenario_files import write_scenario
+
+from moe_runtime.plan import ExpertMask, LayerMask
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ADDRESS = "127.0.0.1:8000"
+MODEL = ROOT / "experts" / "demo" / "model"
+# By layer what the README's `moe-experts plan` keeps for credit, of 20 experts; planning again takes minutes.
+CREDIT = (
+    (1, 7, 9, 10, 11, 14, 16, 17),
+    (2, 3, 4, 6, 7, 9, 10, 11, 12, 16, 18, 19),
+    (0, 11, 13, 16, 18, 19),
+    (4, 6, 7, 9, 10, 12, 13, 14, 15, 16, 17, 19),
+)
 
 
 def _curl_commands() -> list[str]:
@@ -28,8 +39,12 @@ def _python_block() -> str:
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    command = [sys.executable, "-m", "moe_runtime.server", "--port", "0"]
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The demo with its credit scenario, as the README's last step before its curl lines serves it."""
+    scenarios = tmp_path_factory.mktemp("scenarios")
+    mask = ExpertMask(tuple(LayerMask(layer, 20, kept) for layer, kept in enumerate(CREDIT)))
+    write_scenario(scenarios, MODEL, "credit", mask)
+    command = [sys.executable, "-m", "moe_runtime.server", "--port", "0", "--scenario-dir", str(scenarios)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         ready = re.search(r"http://(127\.0\.0\.1:\d+)/v1", server.stdout.readline())

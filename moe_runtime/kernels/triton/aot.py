@@ -149,7 +149,7 @@ def compile_one(job: Job) -> Row:
         if name in case.aligned
     }
     source = ASTSource(case.kernel, case.signature, case.constexprs, attributes)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
     log = io.StringIO()
     start = time.perf_counter()
     with contextlib.redirect_stdout(log):
@@ -220,7 +220,9 @@ def compile_all(jobs: Iterable[Job], workers: int) -> Iterator[Row]:
 
 def _row(job: Job) -> Row:
     case = job.case
-    return Row(job.kernels, _kernel_name(case), case.name, job.target, case.num_warps, case.num_stages)
+    is_amd = TARGETS[job.target].backend == "hip"
+    warps = (is_amd and case.hip_warps) or case.num_warps
+    return Row(job.kernels, _kernel_name(case), case.name, job.target, warps, case.num_stages)
 
 
 def _kernel_name(case: AotCase) -> str:
@@ -263,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="compile every kernel for every target, without a GPU")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument(
-        "--kernels", nargs="+", default=[], help="kernel files, or modules elsewhere (default: all)"
+        "--kernels", nargs="+", default=[], help="kernel files, or other modules (default: all)"
     )
     parser.add_argument(
         "--spread", type=int, help="only so many of each kernel's cases, evenly over its list"

@@ -15,6 +15,7 @@ class AotCase:
     """``signature`` names every argument in order: "*fp32" a pointer, "i32" or "i64" an integer, "fp32" a
     float, "constexpr" a value that ``constexprs`` gives. ``aligned`` names the pointers and sizes that are
     multiples of 16, as a launch would find out by itself: without it the compiler may not widen its loads.
+    ``hip_warps``: on AMD, where it is not ``num_warps``.
     """
 
     name: str
@@ -24,3 +25,4 @@ class AotCase:
     num_warps: int
     num_stages: int
     aligned: tuple[str, ...] = ()
+    hip_warps: int | None = None

@@ -125,7 +125,7 @@ def attention(
     attention_kernel[(token_programs, head_programs, shares)](
         q, *caches, positions, sequence_rows, block_tables, out, *splits, log2_scale,
         num_tokens, num_sequences, max_blocks, k_cache.shape[0], **constants,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=tiles.warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     if splits[0] is not None:
         merging = heads.merge_constants()
@@ -206,6 +206,7 @@ def _case(model: str, form: str, dtype: torch.dtype) -> AotCase:
         tiles.num_warps,
         tiles.num_stages,
         aligned=(*floats, *integers, *caches, *scales),
+        hip_warps=tiles.hip_warps,
     )
 
 

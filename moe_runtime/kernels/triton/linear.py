@@ -31,6 +31,7 @@ from moe_runtime.kernels.triton.tiles import (
     linear_segments,
     linear_tile,
     matrix_tiles,
+    segment_tiles,
     tuned_size,
 )
 from moe_runtime.kernels.triton.weights import DeviceLinear, DeviceMatrix
@@ -208,12 +209,12 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 def _linear_cases(form: WeightFormat) -> Iterator[AotCase]:
     """Every tile; K in one sum (a large matrix, heads), and in 4 segments (N = 2048, K = 4096)."""
-    for tile in matrix_tiles(form.kind):
+    for tile, one_of_many in zip(matrix_tiles(form.kind), segment_tiles(form.kind), strict=True):
         few = tile.tokens <= ROWS_TO_CAST
         name = f"{tile.rows}x{tile.tokens}"
         yield aot_case(name, _linear_kernel, form, tile, not few, SEGMENTS=1, SPLIT=False)
-        name += f" in 4 {'programs' if few else 'segments'}"
-        yield aot_case(name, _linear_kernel, form, tile, not few, SEGMENTS=4, SPLIT=few)
+        name = f"{one_of_many.rows}x{tile.tokens} in 4 {'programs' if few else 'segments'}"
+        yield aot_case(name, _linear_kernel, form, one_of_many, not few, SEGMENTS=4, SPLIT=few)
 
 
 def _other_cases() -> Iterator[AotCase]:

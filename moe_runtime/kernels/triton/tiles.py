@@ -181,11 +181,20 @@ def linear_segments(n: int, padded_k: int, kind: str) -> int:
     return segments
 
 
+def segment_tiles(kind: str) -> tuple[Tile, ...]:
+    """For one program that computes segments one after the other: it keeps two sums in registers, and where
+    int8 is widened in them there is room for half the rows.
+    """
+    rows = 64 if kind == "int8" else 128
+    return tuple(replace(tile, rows=min(tile.rows, rows)) for tile in matrix_tiles(kind))
+
+
 def linear_tile(kind: str, rows: int, n: int, segments: int) -> tuple[Tile, bool]:
     """The largest tile that leaves no half of the processors idle, else the smallest; and whether segments
     have to be programs of their own for that.
     """
-    for tile in sorted(matrix_tiles(kind), key=lambda tile: -tile.tokens):
+    tiles = segment_tiles(kind) if segments > 1 else matrix_tiles(kind)
+    for tile in sorted(tiles, key=lambda tile: -tile.tokens):
         programs = -(-n // tile.rows) * -(-rows // tile.tokens)
         fits = tile.tokens <= matrix_tile(kind, rows).tokens
         for split in (False, True):
@@ -229,8 +238,13 @@ class AttentionTiles:
     block_rows: int  # queries that share one read of keys and values
     block_positions: int
     split: int  # positions that are summed from a fresh state
-    num_warps: int
+    num_warps: int  # on NVIDIA
     num_stages: int
+    hip_warps: int = 4
+
+    @property
+    def warps(self) -> int:
+        return self.num_warps if torch.version.hip is None else self.hip_warps
 
 
 ATTENTION_SPLIT = 256  # short: one token's text of a few thousand positions keeps many processors busy
@@ -248,7 +262,7 @@ def attention_tiles(itemsize: int, key_width: int, value_width: int) -> Attentio
     """
     if itemsize == 4:
         return AttentionTiles(16, 16, ATTENTION_SPLIT, num_warps=4, num_stages=1)
-    warps = 8 if itemsize == 1 and torch.version.hip is None else 4
+    warps = 8 if itemsize == 1 else 4
     if max(key_width, value_width) <= 128:
         return AttentionTiles(32, 64, ATTENTION_SPLIT, num_warps=warps, num_stages=3)
     return AttentionTiles(16, 32, ATTENTION_SPLIT, num_warps=warps, num_stages=3)
