@@ -17,19 +17,17 @@ from typing import Any
 
 from child_process import Program, end_cleanly_when_told  # type: ignore[import-not-found]
 from common import machine, save, summary  # type: ignore[import-not-found]
-from http_load import free_port, random_prompt, run, wait_until_ready  # type: ignore[import-not-found]
-
-NAME = "measured"
+from http_load import free_port, run, wait_until_ready  # type: ignore[import-not-found]
+from serve import NAME, body, server_command  # type: ignore[import-not-found]
 
 
 class Server:
-    """One process; ``first_token_s`` from its start, ``models`` that its requests name in turn."""
+    """One process; ``ready_s``: seconds from its start until it answered."""
 
     def __init__(self, arguments: argparse.Namespace, flags: list[str], logs: Path) -> None:
         self.port = free_port()
-        model = ["--model", str(arguments.model), "--port", str(self.port), "--served-model-name", NAME]
-        command = [sys.executable, "-m", "moe_runtime.server", *model, *flags]
-        command += ["--scenario-dir", str(arguments.scenarios), *shlex.split(arguments.server_flags)]
+        flags = [*flags, "--scenario-dir", str(arguments.scenarios), *shlex.split(arguments.server_flags)]
+        command = server_command(arguments.model, self.port, flags)
         self.program = Program(command, {}, logs / f"{self.port}.log")
         wait_until_ready(self.port, self.program.alive)
         self.ready_s = self.program.seconds()
@@ -46,17 +44,7 @@ def bodies(
     rng: random.Random, models: list[str], streams: int, sizes: tuple[int, int, int]
 ) -> list[dict[str, Any]]:
     """``streams`` completions of random prompts, the models in turn."""
-    prompt, answer, vocab_size = sizes
-    return [
-        {
-            "model": model,
-            "prompt": random_prompt(rng, prompt, vocab_size),
-            "max_tokens": answer,
-            "ignore_eos": True,
-            "temperature": 1.0,
-        }
-        for model in islice(cycle(models), streams)
-    ]
+    return [body(rng, *sizes) | {"model": model} for model in islice(cycle(models), streams)]
 
 
 def starts(

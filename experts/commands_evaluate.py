@@ -13,7 +13,7 @@ from moe_runtime.engine import Engine
 from moe_runtime.errors import ConfigError, PlanError
 from moe_runtime.experts import documents
 from moe_runtime.experts.certificate import Certificate
-from moe_runtime.experts.corpus import Corpus, find_scenarios, read_corpus
+from moe_runtime.experts.corpus import Corpus, read_corpora
 from moe_runtime.experts.corpus_text import Renderer
 from moe_runtime.experts.evaluation import (
     Limits,
@@ -81,12 +81,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     limits = Limits(arguments.max_kl, arguments.max_kl_p99, arguments.max_match_loss, arguments.max_loop_rise)
     plan, statistics, identity = _inputs(arguments)
-    corpora = read_corpora(arguments)
-    own = [corpus.scenario for corpus in corpora if corpus.scenario in _scenarios(plan)]
+    corpora = read_corpora(
+        arguments.texts,
+        Renderer.load(arguments.model),
+        seed=arguments.seed,
+        max_tokens=arguments.max_tokens,
+    )
+    own = [corpus.scenario for corpus in corpora if corpus.scenario in plan.scenarios]
     if not own:
         raise PlanError(
             f"no test text of the plan's scenario {plan.name!r} among {[c.scenario for c in corpora]}; name "
-            f"one with {_scenarios(plan)[0]}=PATH"
+            f"one with {plan.scenarios[0]}=PATH"
         )
     require_apart(corpora, planning_fingerprints(statistics, plan))
     body = _measure(arguments, plan, statistics, corpora, own)
@@ -114,20 +119,6 @@ def _inputs(arguments: argparse.Namespace) -> tuple[PlanFile, Statistics, ModelI
     return plan, statistics, identity
 
 
-def _scenarios(plan: PlanFile) -> tuple[str, ...]:
-    return (plan.scenario,) if isinstance(plan.scenario, str) else plan.scenario
-
-
-def read_corpora(arguments: argparse.Namespace) -> list[Corpus]:
-    """Of ``arguments.texts``, ``model``, ``seed`` and ``max_tokens``."""
-    renderer = Renderer.load(arguments.model)
-    found = [
-        read_corpus(name, path, renderer, seed=arguments.seed)
-        for name, path in find_scenarios(arguments.texts).items()
-    ]
-    return found if arguments.max_tokens is None else [corpus.take(arguments.max_tokens) for corpus in found]
-
-
 def _measure(
     arguments: argparse.Namespace,
     plan: PlanFile,
@@ -139,7 +130,7 @@ def _measure(
     runner = Runner.load(arguments.model, config)
     parts = runner.parts
     engine = Engine(parts.model, parts.tokenizer, config, chooser=parts.chooser, sampler=parts.sampler)
-    others = {} if arguments.no_baselines else baselines(statistics, _scenarios(plan), plan.mask)
+    others = {} if arguments.no_baselines else baselines(statistics, plan.scenarios, plan.mask)
     sets, compared = [], {}
     for corpus in corpora:
         masks = {"plan": plan.mask} | (others if corpus.scenario in own else {})

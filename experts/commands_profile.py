@@ -8,7 +8,7 @@ from functools import reduce
 from pathlib import Path
 
 from moe_runtime.errors import ConfigError
-from moe_runtime.experts.corpus import find_scenarios, read_corpus
+from moe_runtime.experts.corpus import read_corpora
 from moe_runtime.experts.corpus_text import Renderer
 from moe_runtime.experts.options import add_engine_arguments, engine_config
 from moe_runtime.experts.profile import profile, require_enough
@@ -90,12 +90,11 @@ def _profile(arguments: argparse.Namespace) -> Statistics:
     config = engine_config(arguments)
     if not arguments.out.parent.is_dir():
         raise ConfigError(f"--out {arguments.out}: there is no folder {arguments.out.parent}")
-    renderer = Renderer.load(arguments.model)
-    corpora = [
-        read_corpus(name, path, renderer, seed=arguments.seed)
-        for name, path in find_scenarios(arguments.texts).items()
-    ]
-    if arguments.max_tokens is not None:
-        corpora = [corpus.take(arguments.max_tokens) for corpus in corpora]
+    corpora = read_corpora(
+        arguments.texts,
+        Renderer.load(arguments.model),
+        seed=arguments.seed,
+        max_tokens=arguments.max_tokens,
+    )
     require_enough(arguments.model, corpora)
     return profile(arguments.model, corpora, config, skip_lead=arguments.skip_system)

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.experts.commands_evaluate import read_corpora
+from moe_runtime.experts.corpus import read_corpora
+from moe_runtime.experts.corpus_text import Renderer
 from moe_runtime.experts.evaluation import measure_divergence
 from moe_runtime.experts.forward import Runner
 from moe_runtime.experts.model_identity import ModelIdentity
@@ -35,7 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
     plans = {str(path): PlanFile.load(path) for path in arguments.plan}
     for path, plan in plans.items():
         identity.check(plan.model, path)
-    corpora = read_corpora(arguments)
+    corpora = read_corpora(
+        arguments.texts,
+        Renderer.load(arguments.model),
+        seed=arguments.seed,
+        max_tokens=arguments.max_tokens,
+    )
     masks = {path: plan.mask for path, plan in plans.items()}
     runner = Runner.load(arguments.model, engine_config(arguments))
     found: dict[str, Any] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moe_runtime.errors import ConfigError
 from moe_runtime.experts import documents
-from moe_runtime.experts.corpus import find_scenarios, read_corpus
+from moe_runtime.experts.corpus import read_corpora
 from moe_runtime.experts.corpus_text import Renderer
 from moe_runtime.experts.model_identity import ModelIdentity
 from moe_runtime.experts.options import add_engine_arguments, engine_config
@@ -76,11 +76,11 @@ def _prompts(arguments: argparse.Namespace) -> list[list[int]]:
     if not arguments.texts:
         _, config = read_model_config(arguments.model, "float32")  # whatever the dtype is
         return generate_prompts(arguments.prompts, config.vocab_size, arguments.seed)
-    renderer = Renderer.load(arguments.model)
+    corpora = read_corpora(arguments.texts, Renderer.load(arguments.model), seed=arguments.seed)
     prompts = [
         list((text.rendered.prompt_ids or text.token_ids)[: arguments.prompt_tokens])
-        for name, path in sorted(find_scenarios(arguments.texts).items())
-        for text in read_corpus(name, path, renderer, seed=arguments.seed).texts
+        for corpus in sorted(corpora, key=lambda corpus: corpus.scenario)
+        for text in corpus.texts
     ]
     return prompts[: arguments.prompts]
 

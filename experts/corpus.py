@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,8 +25,8 @@ from moe_runtime.checkpoint import open_regular
 from moe_runtime.errors import CheckpointError, PlanError, RequestError
 from moe_runtime.experts.corpus_text import Rendered, Renderer
 from moe_runtime.hf_config import parse_json
+from moe_runtime.plan import SCENARIO_NAME
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 SUFFIXES = (".jsonl", ".txt")
 MAX_FILE_BYTES = 1 << 30
 
@@ -101,7 +100,7 @@ def find_scenarios(words: Sequence[str]) -> dict[str, Path]:
     for word in words:
         name, equals, rest = word.partition("=")
         for scenario, path in [(name, Path(rest))] if equals else _named(Path(word)):
-            if not NAME.fullmatch(scenario):
+            if not SCENARIO_NAME.fullmatch(scenario):
                 raise PlanError(
                     f"scenario {scenario[:80]!r}: a name has letters, digits, '_' and '-' and is 64 long at "
                     "most; give one with NAME=PATH"
@@ -135,6 +134,14 @@ def read_corpus(scenario: str, path: Path, renderer: Renderer, *, seed: int = 0)
         raise PlanError(f"scenario {scenario!r}: {path} holds no text")
     random.Random(seed).shuffle(texts)
     return Corpus(scenario, tuple(texts))
+
+
+def read_corpora(
+    words: Sequence[str], renderer: Renderer, *, seed: int = 0, max_tokens: int | None = None
+) -> list[Corpus]:
+    """All that ``words`` name (``find_scenarios``), each cut to ``max_tokens`` (``take``) if given."""
+    found = [read_corpus(name, path, renderer, seed=seed) for name, path in find_scenarios(words).items()]
+    return found if max_tokens is None else [corpus.take(max_tokens) for corpus in found]
 
 
 def _text_files(folder: Path) -> list[Path]:

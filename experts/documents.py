@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import moe_runtime
+from moe_runtime.canonical_json import digest
 from moe_runtime.errors import PlanError
 from moe_runtime.experts.whole_file import replacing
 from moe_runtime.hf_config import parse_json
@@ -87,12 +87,6 @@ def load(path: Path, kind: str) -> Document:
         raise PlanError(f"{name}: its body and inputs must be objects")
     del rest["format"]
     return Document(digest=value["digest"], **rest)
-
-
-def digest(value: Any) -> str:
-    """SHA-256, hexadecimal, of the canonical JSON of ``value``: equal values, equal digests anywhere."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def command_line(argv: Sequence[str]) -> str:

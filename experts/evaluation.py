@@ -45,9 +45,8 @@ class Limits:
 
 def planning_fingerprints(statistics: Statistics, plan: PlanFile) -> Hashes:
     """Of all texts that the plan was made from: those of its statistics and those its KL was measured on."""
-    scenarios = [plan.scenario] if isinstance(plan.scenario, str) else plan.scenario
     tuned = np.array(plan.text.get("fingerprints", []), dtype=np.int64)
-    return union([tuned, *(statistics.of(scenario).fingerprints.numpy() for scenario in scenarios)])
+    return union([tuned, *(statistics.of(scenario).fingerprints.numpy() for scenario in plan.scenarios)])
 
 
 def require_apart(corpora: Sequence[Corpus], known: Hashes) -> None:

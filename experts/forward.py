@@ -22,6 +22,7 @@ from moe_runtime.errors import PlanError
 from moe_runtime.experts.divergence import TokenDivergences, compare_logits
 from moe_runtime.experts.packing import cache_blocks, pack
 from moe_runtime.layers.cache import Cache
+from moe_runtime.layers.decoder import Decoder
 from moe_runtime.masks import NO_MASK, MaskTable
 from moe_runtime.plan import ExpertMask
 from moe_runtime.scheduler import Step
@@ -32,6 +33,17 @@ MASKS_TOGETHER = 8  # in one pass over the documents: each has a cache of its ow
 
 Documents = Sequence[Sequence[int]]
 Advance = Callable[[int], None]  # told of tokens computed
+
+
+def batch_tokens(model: Decoder, config: EngineConfig) -> int:
+    """Tokens of a batch whose logits are all wanted at once."""
+    return max(1, min(config.max_batch_tokens, MAX_LOGIT_VALUES // model.config.vocab_size))
+
+
+def all_logits(model: Decoder, step: Step, cache: Cache, row: int, config: EngineConfig) -> torch.Tensor:
+    """float32 [tokens, V], of all tokens of the step under mask ``row``."""
+    chunks = tuple(replace(chunk, logit_start=chunk.start, mask_row=row) for chunk in step.chunks)
+    return model.forward(Batch.build(Step(chunks), config.block_size), cache)
 
 
 class Runner:
@@ -111,16 +123,14 @@ class Runner:
 
     def _logits(self, step: Step, cache: Cache, row: int) -> torch.Tensor:
         """float32 [tokens, V], of all tokens of the step under mask ``row``."""
-        chunks = tuple(replace(chunk, logit_start=chunk.start, mask_row=row) for chunk in step.chunks)
-        return self.model.forward(Batch.build(Step(chunks), self._config.block_size), cache)
+        return all_logits(self.model, step, cache, row, self._config)
 
     def _steps(self, documents: Documents) -> Iterator[Step]:
         return pack(documents, self._batch_tokens, self._config.block_size)
 
     @property
     def _batch_tokens(self) -> int:
-        most = MAX_LOGIT_VALUES // self.model.config.vocab_size
-        return max(1, min(self._config.max_batch_tokens, most))
+        return batch_tokens(self.model, self._config)
 
     def _new_cache(self, documents: Documents) -> Cache:
         config = self._config

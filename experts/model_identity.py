@@ -11,9 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from moe_runtime.canonical_json import digest
 from moe_runtime.checkpoint import SHARDS_FILE, list_weight_files, open_regular
 from moe_runtime.errors import CheckpointError, PlanError
-from moe_runtime.experts.documents import digest, load
+from moe_runtime.experts.documents import load
 from moe_runtime.hf_config import read_json
 
 SHARDS_KIND = "expert_shards"

@@ -55,8 +55,13 @@ class PlanFile:
     digest: str = ""
 
     @property
+    def scenarios(self) -> tuple[str, ...]:
+        """The name, or the names."""
+        return (self.scenario,) if isinstance(self.scenario, str) else self.scenario
+
+    @property
     def name(self) -> str:
-        return self.scenario if isinstance(self.scenario, str) else " + ".join(self.scenario)
+        return " + ".join(self.scenarios)
 
     def save(self, path: Path) -> Document:
         """Raises PlanError when it cannot be written."""

@@ -10,7 +10,6 @@ The folder's name is the scenario's. Nothing here touches a running engine.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -23,10 +22,9 @@ from moe_runtime.experts.certificate import LIMITS, Certificate
 from moe_runtime.experts.model_identity import ModelIdentity
 from moe_runtime.experts.plan_file import PlanFile
 from moe_runtime.placement import Placement
-from moe_runtime.plan import ExpertMask
+from moe_runtime.plan import SCENARIO_NAME, ExpertMask
 
 FOLDER = "scenarios"  # in the model's folder
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 PLAN, CERTIFICATE, POLICY, RECOVERY = "plan.json", "certificate.json", "policy.json", "recovery.safetensors"
 MAX_POLICY_BYTES = 4096
 
@@ -92,7 +90,7 @@ class Registry:
 
     def open(self, name: str) -> Scenario:
         """Read and check one. Raises PlanError that says what is wrong and what to do about it."""
-        if not NAME.fullmatch(name):
+        if not SCENARIO_NAME.fullmatch(name):
             raise PlanError(
                 f"scenario {name[:80]!r}: a name has letters, digits, '_' and '-', starts with a letter or "
                 "digit, and is 64 long at most"

@@ -179,7 +179,7 @@ def _plan_row(
     plan = each.plan
     mine = [row for row in evaluations if row["plan"] == each.label]
     verdict = "not evaluated" if not mine else "passed" if all(row["passed"] for row in mine) else "refused"
-    scenarios = [plan.scenario] if isinstance(plan.scenario, str) else list(plan.scenario)
+    scenarios = list(plan.scenarios)
     return {
         "label": each.label,
         "file": each.file,

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.batch import Batch
 from moe_runtime.checkpoint import open_regular
 from moe_runtime.config import EngineConfig
 from moe_runtime.engine import Engine
@@ -21,16 +20,15 @@ from moe_runtime.errors import CheckpointError, PlanError, RequestFailed
 from moe_runtime.experts import documents
 from moe_runtime.experts.documents import Document
 from moe_runtime.experts.export import MANIFEST, MANIFEST_KIND
+from moe_runtime.experts.forward import all_logits, batch_tokens
 from moe_runtime.experts.packing import cache_blocks, pack
 from moe_runtime.experts.progress import Progress
 from moe_runtime.masks import NO_MASK
 from moe_runtime.plan import ExpertMask
 from moe_runtime.sampling import SamplingParams
-from moe_runtime.scheduler import Step
 
 SCENARIO = "verify"
 DIGEST_BYTES = 16
-MAX_LOGIT_VALUES = 1 << 25  # of one batch: 128 MiB of float32
 SHORTEST, LONGEST = 4, 32  # generated prompts, in tokens
 MAX_TOLD = 10  # differences that are named
 Prompts = Sequence[Sequence[int]]
@@ -177,15 +175,13 @@ def _run(
 
 def _logits(engine: Engine, row: int, prompts: Prompts, advance: Callable[[int], None]) -> list[list[bytes]]:
     model, config = engine.model, engine.config
-    batch_tokens = max(1, min(config.max_batch_tokens, MAX_LOGIT_VALUES // model.config.vocab_size))
-    blocks = cache_blocks([len(ids) for ids in prompts], batch_tokens, config.block_size)
+    size = batch_tokens(model, config)
+    blocks = cache_blocks([len(ids) for ids in prompts], size, config.block_size)
     cache = model.new_cache(blocks, config.block_size, config.kv_dtype)
     found: list[list[bytes]] = [[] for _ in prompts]
-    for step in pack(prompts, batch_tokens, config.block_size):
-        chunks = tuple(replace(chunk, logit_start=chunk.start, mask_row=row) for chunk in step.chunks)
-        values = model.forward(Batch.build(Step(chunks), config.block_size), cache).numpy(force=True)
-        rows = iter(values)
-        for chunk in chunks:
+    for step in pack(prompts, size, config.block_size):
+        rows = iter(all_logits(model, step, cache, row, config).numpy(force=True))
+        for chunk in step.chunks:
             found[chunk.sequence_id] += [
                 hashlib.blake2b(next(rows).tobytes(), digest_size=DIGEST_BYTES).digest()
                 for _ in chunk.token_ids

@@ -41,11 +41,11 @@ def _temporary(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink()
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """The new name survives a power cut, too."""
+def sync_folder(folder: Path) -> None:
+    """What was named in it last survives a power cut, too."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

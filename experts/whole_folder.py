@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_runtime.errors import PlanError
+from moe_runtime.experts.whole_file import sync_folder
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
                 _check_room(partial, num_bytes)
                 yield partial
                 for path in (*(item for item in partial.rglob("*") if item.is_dir()), partial):
-                    _sync(path)
+                    sync_folder(path)
                 _check_target(target)
                 os.rename(partial, target)
             except BaseException:
@@ -42,7 +43,7 @@ def new_folder(target: Path, num_bytes: int) -> Iterator[Path]:
                 raise
         finally:
             os.close(descriptor)
-        _sync(target.parent)
+        sync_folder(target.parent)
     except BlockingIOError as error:
         raise PlanError(f"another process is writing {target.name}; wait for it to end") from error
     except OSError as error:
@@ -77,11 +78,3 @@ def _check_room(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise PlanError(f"the disk has {free / 1e9:.2f} GB free, {num_bytes / 1e9:.2f} GB are needed")
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

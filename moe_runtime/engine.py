@@ -250,7 +250,8 @@ class Engine:
     def _measure(self, step: Step, meter: RouteMeter | None) -> None:
         """What masks and missing experts did in ``step``: read when its tokens are here, to wait but once."""
         self.masks.absent.check_step()
-        self._lost_mass.read(step, meter, {key: each.sequence for key, each in self._open.items()})
+        if meter is not None:
+            self._lost_mass.read(step, meter, {key: each.sequence for key, each in self._open.items()})
 
     def _mind_drift(self, sampled: dict[int, Sampled]) -> list[TokenEvent]:
         """What the scenarios' policies do with the prompts that are read now: the last events of those that

@@ -39,10 +39,8 @@ class LostMass:
             return None
         return RouteMeter.zeros(step.num_tokens, self._device)
 
-    def read(self, step: Step, meter: RouteMeter | None, sequences: Mapping[int, Sequence]) -> None:
+    def read(self, step: Step, meter: RouteMeter, sequences: Mapping[int, Sequence]) -> None:
         """After the forward pass: what was lost, to each sequence by id."""
-        if meter is None:
-            return
         self.num_outside += int(meter.outside)
         if meter.lost is None or not self._num_layers:
             return

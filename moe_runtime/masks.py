@@ -44,7 +44,7 @@ class MaskTable:
         self._mixtures = dict(model.mixtures())
         self._is_measured = any(number < model.config.num_layers - 1 for number in self._mixtures)
         self.absent = AbsentExperts(model)
-        self._masks: dict[str, tuple[int, ExpertMask]] = {}
+        self._masks: dict[str, tuple[Granted, ExpertMask]] = {}
         self._users: Counter[int] = Counter()
         self._policies: dict[int, tuple[str, DriftPolicy]] = {}  # by row; scenario and policy
         self._free = list(reversed(range(MAX_MASKS)))
@@ -87,13 +87,13 @@ class MaskTable:
             allowed = torch.zeros(layer.num_experts, dtype=torch.uint8)
             allowed[list(layer.kept)] = 1
             mixture.masks[row].copy_(allowed)
-        self._masks[name] = (row, mask)
+        self._masks[name] = (Granted(row, f"{mask.digest}\n"), mask)
         if policy is not None:
             self._policies[row] = (name, policy)
 
     def remove(self, name: str) -> None:
         """No new request may name it; those that run go on to their end. Raises ModelNotFound."""
-        row, _ = self._find(name)
+        row = self._find(name).row
         del self._masks[name]
         self._leaving.add(row)
         self._recycle(row)
@@ -105,8 +105,7 @@ class MaskTable:
         if name is None:
             self.absent.check_unmasked()
             return Granted()
-        row, mask = self._find(name)
-        return Granted(row, f"{mask.digest}\n")
+        return self._find(name)
 
     def judge(self, sequence: Sequence) -> Verdict | None:
         """What its scenario's policy says of a sequence whose prompt is read and that has no token yet; None
@@ -138,7 +137,7 @@ class MaskTable:
 
     def users(self, name: str) -> int:
         """Sequences that use a scenario now. Raises ModelNotFound."""
-        return self._users[self._find(name)[0]]
+        return self._users[self._find(name).row]
 
     def _check_policy(self, name: str, policy: DriftPolicy) -> None:
         if not self._is_measured:
@@ -151,12 +150,12 @@ class MaskTable:
                 "part; use reject or flag, or start without --scenarios"
             )
 
-    def _find(self, name: str) -> tuple[int, ExpertMask]:
+    def _find(self, name: str) -> Granted:
         found = self._masks.get(name)
         if found is None:
             known = ", ".join(sorted(self._masks)) or "none"
             raise ModelNotFound(f"there is no scenario {name!r}; there are: {known}")
-        return found
+        return found[0]
 
     def _recycle(self, row: int) -> None:
         if row in self._leaving and not self._users[row]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, TypeAlias
 
+from moe_runtime.canonical_json import digest
 from moe_runtime.errors import PlanError
 from moe_runtime.plan import ExpertMask, LayerMask
 
@@ -104,8 +103,7 @@ class Placement:
     @property
     def digest(self) -> str:
         """SHA-256, hexadecimal, of the canonical JSON: equal placements have equal digests everywhere."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """Experts that are in neither list are absent."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moe_runtime.canonical_json import digest
 from moe_runtime.errors import PlanError
+
+SCENARIO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +90,7 @@ class ExpertMask:
     @property
     def digest(self) -> str:
         """SHA-256, hexadecimal, of the canonical JSON: equal masks have equal digests on every machine."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -22,19 +22,19 @@ MAX_FUNCTION_LINES = 60
 
 # A file or folder may import only these parts of moe_runtime (longest prefix wins). Mirrors the README.
 ENGINE_PARTS = {
-    "absent_experts", "admission", "autotune", "batch", "chat", "checkpoint", "cli", "config", "detokenizer",
-    "device", "drift_policy", "errors", "expert_room", "generation", "graph", "graphs", "hf", "kernels",
-    "kv_cache", "layers", "live_experts", "loader", "lost_mass", "masks", "model_config", "models", "output",
-    "packed", "placement", "plan", "quant", "request_stream", "sampling", "scheduler", "sequence",
-    "tokenizer",
+    "absent_experts", "admission", "autotune", "batch", "canonical_json", "chat", "checkpoint", "cli",
+    "config", "detokenizer", "device", "drift_policy", "errors", "expert_room", "generation", "graph",
+    "graphs", "hf", "kernels", "kv_cache", "layers", "live_experts", "loader", "lost_mass", "masks",
+    "model_config", "models", "output", "packed", "placement", "plan", "quant", "request_stream", "sampling",
+    "scheduler", "sequence", "tokenizer",
 }  # fmt: skip
 MAY_IMPORT: dict[str, set[str]] = {
     "moe_runtime/errors.py": set(),
     "moe_runtime/config.py": {"errors"},
     "moe_runtime/cli.py": {"errors", "config"},
     "moe_runtime/model_config.py": {"errors", "kernels"},
-    "moe_runtime/plan.py": {"errors"},
-    "moe_runtime/placement.py": {"errors", "plan"},
+    "moe_runtime/plan.py": {"canonical_json", "errors"},
+    "moe_runtime/placement.py": {"canonical_json", "errors", "plan"},
     "moe_runtime/sequence.py": {"errors", "sampling_params"},
     "moe_runtime/kv_cache.py": {"errors"},
     "moe_runtime/scheduler.py": {"errors", "kv_cache", "sequence", "config"},
@@ -48,7 +48,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server/": {"async_engine", "chat", "cli", "config", "engine", "errors", "experts", "sampling", "server",
                 "tokenizer"},
 }  # fmt: skip
-WITHOUT_TORCH = ("errors", "config", "cli", "plan", "placement", "sequence", "kv_cache", "scheduler")
+WITHOUT_TORCH = (
+    "errors", "config", "cli", "canonical_json", "plan", "placement", "sequence", "kv_cache", "scheduler",
+)  # fmt: skip
 
 
 def _relative(path: Path) -> str:

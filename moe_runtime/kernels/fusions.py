@@ -17,42 +17,16 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Fusions(Protocol):
-    """A backend's own form of the operations of ``FusedOperations``, of the same names and meanings."""
+    """A backend's own form of the operations of ``FusedOperations``: the same names, meanings and arguments,
+    none of them left out.
+    """
 
-    def route_tokens(
-        self,
-        x: torch.Tensor,
-        router: Any,
-        spec: RouterSpec,
-        bias: torch.Tensor | None,
-        masks: torch.Tensor | None,
-        mask_rows: torch.Tensor | None,
-        meter: RouteMeter | None,
-    ) -> Pair: ...
-
-    def rope_write_cache(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        positions: torch.Tensor,
-        interleaved: bool,
-        cache: torch.Tensor,
-        slots: torch.Tensor,
-        offset: int,
-    ) -> None: ...
-
-    def fused_moe_add_norm(
-        self,
-        x: torch.Tensor,
-        expert_ids: torch.Tensor,
-        expert_weights: torch.Tensor,
-        experts: Any,
-        added: torch.Tensor | None,
-        residual: torch.Tensor,
-        norm_weight: torch.Tensor,
-        eps: float,
-    ) -> Pair: ...
+    @property
+    def route_tokens(self) -> Callable[..., Pair]: ...
+    @property
+    def rope_write_cache(self) -> Callable[..., object]: ...
+    @property
+    def fused_moe_add_norm(self) -> Callable[..., Pair]: ...
 
 
 class FusedOperations:

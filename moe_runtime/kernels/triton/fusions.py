@@ -16,6 +16,8 @@ from moe_runtime.kernels.triton.weights import DeviceExperts, DeviceLinear
 class TritonFusions:
     """For one device and one stream at a time: routers share a counter that each leaves at zero."""
 
+    rope_write_cache = staticmethod(rope_write_cache)
+
     def __init__(self, device: torch.device) -> None:
         self._arrivals = torch.zeros(NUM_ARRIVALS, dtype=torch.int32, device=device)
 
@@ -38,19 +40,6 @@ class TritonFusions:
             x, weight, spec, bias, masks, mask_rows, arrivals=self._arrivals, meter=meter
         )
         return ids, weights
-
-    def rope_write_cache(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        positions: torch.Tensor,
-        interleaved: bool,
-        cache: torch.Tensor,
-        slots: torch.Tensor,
-        offset: int,
-    ) -> None:
-        rope_write_cache(x, cos, sin, positions, interleaved, cache, slots, offset)
 
     def fused_moe_add_norm(
         self,
