@@ -19,10 +19,9 @@ from moe_runtime.experts.demo.corpus import Author
 from moe_runtime.experts.demo.facts import SCENARIOS
 from moe_runtime.experts.demo.phrases import TRAINING, load
 from moe_runtime.experts.plan_file import PlanFile
-from moe_runtime.sampling import SamplingParams
+from moe_runtime.experts.prompt_masses import prompt_masses
 
 BIN = 0.005
-ONE_TOKEN = SamplingParams(temperature=0.0, max_tokens=1)
 
 
 def prompts(scenario: str, count: int, seed: int) -> list[list[dict[str, str]]]:
@@ -36,19 +35,6 @@ def prompts(scenario: str, count: int, seed: int) -> list[list[dict[str, str]]]:
     return found
 
 
-def lost_masses(engine: Engine, scenario: str, asked: list[list[dict[str, str]]]) -> list[float]:
-    """Of each prompt, under the mask of ``scenario``."""
-    assert engine.chat is not None
-    for number, messages in enumerate(asked):
-        engine.add(str(number), engine.chat.encode(messages), ONE_TOKEN, scenario=scenario)
-    found: dict[str, float] = {}
-    while engine.has_work():
-        for event in engine.step():
-            if event.lost_mass is not None:
-                found.setdefault(event.request_id, event.lost_mass)
-    return [found[str(number)] for number in range(len(asked))]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,14 +46,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()
     engine = Engine.load(MODEL, EngineConfig(max_context=2048, packed_file=False))
+    chat = engine.chat
+    assert chat is not None, "the demo has a chat template"
     counts: dict[str, dict[str, object]] = {}
     plans = {name: PlanFile.load(arguments.scenarios / name / "plan.json") for name in SCENARIOS}
     for name, plan in plans.items():
-        engine.masks.add(name, plan.mask)
         counts[name] = {}
         for origin in SCENARIOS:
             number = arguments.own if origin == name else arguments.foreign
-            masses = lost_masses(engine, name, prompts(origin, number, arguments.seed))
+            asked = [chat.encode(messages) for messages in prompts(origin, number, arguments.seed)]
+            masses = prompt_masses(engine, plan.mask, asked)
             bins = Counter(int(mass / BIN) for mass in masses)
             row = [bins[index] for index in range(min(bins), max(bins) + 1)]
             counts[name][origin] = {"first": min(bins), "counts": row}

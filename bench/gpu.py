@@ -10,7 +10,7 @@ Needs python3, torch, triton, cmake, ninja and pybind11, nothing installed of ou
 4. masks   what four scenario masks, mixed over the rows of a batch, cost
 5. ops     attention, linear layers, router, norm
 6. decode  steps of a whole model: captured and not, with masks and without, beside the bytes they must read
-7. tests   tests/kernels/triton on the GPU
+7. tests   those of the kernels, then those of the engine, on the GPU (pytest --device cuda)
 
 Each section has its share of the time that is left when it starts, so that all end in time; each case is in
 the file as soon as it is measured. Results: $OUT if that is set, else bench/results/, with date and chip.
@@ -37,9 +37,20 @@ from gpu_shapes import GRID, TOY_GRID, Grid
 
 ROOT = gpu_build.ROOT
 # Sections and their shares of the time left.
-SHARES = {"check": 20.0, "moe": 32.0, "masks": 5.0, "ops": 10.0, "decode": 15.0, "tests": 18.0}
+SHARES = {"check": 20.0, "moe": 32.0, "masks": 5.0, "ops": 10.0, "decode": 15.0, "tests": 30.0}
 BUILD_SHARE = 0.35
-TESTS, TOY_TESTS = ("tests/kernels/triton",), ("tests/kernels/triton/test_interpreter.py",)
+# In this order: a run that is out of time has at least the first of them.
+TESTS = (
+    "tests/kernels/triton", "tests/test_engine.py", "tests/test_masks.py", "tests/test_subset.py",
+    "tests/models/test_independence.py", "tests/models/test_ling.py", "tests/experts/test_forward.py",
+    "tests/experts/test_planted.py", "tests/test_batch_independence.py",
+)  # fmt: skip
+# By a package that a bare machine may lack.
+MORE_TESTS = {
+    "transformers": ("tests/models/test_parity.py",),
+    "openai": ("tests/server/test_real_engine.py", "tests/server/test_scenarios.py"),
+}
+TOY_TESTS = ("tests/kernels/triton/test_interpreter.py",)
 
 
 class Bench:
@@ -111,13 +122,7 @@ class Bench:
     def tests(self, seconds: float) -> None:
         """pytest's own lines are counted as they come, so that a run out of time still says what it knows."""
         print(f"tests: up to {seconds:.0f} s", flush=True)
-        paths = self.options.tests or (TOY_TESTS if self.options.dry_run else TESTS)
-        command = [
-            sys.executable, "-m", "pytest", *paths, "-vv", "-W", "default", "--tb=line",
-            "--ignore=tests/kernels/triton/test_aot.py",
-        ]  # fmt: skip
-        if importable("xdist") and not self.options.dry_run:
-            command += ["-n", str(min(8, self.result["about"]["cores"]))]
+        command = [sys.executable, "-m", "pytest", *self.test_options()]
         log = self.folder / "tests.log"
         # Else "-m" would put this folder first, where the package has no extension.
         environment = {**self.environment, "PYTHONSAFEPATH": "1"}
@@ -133,6 +138,16 @@ class Bench:
             gpu_process.end(process)
         self.result["tests"] = read_tests(log.read_text(errors="replace"), process.returncode)
         gpu_report.save(self.path, self.result)
+
+    def test_options(self) -> list[str]:
+        """Of pytest: everything that computes on the GPU, several processes at once if that can be had."""
+        told = ["-vv", "-W", "default", "--tb=line", "--ignore=tests/kernels/triton/test_aot.py"]
+        if self.options.dry_run:
+            return [*(self.options.tests or TOY_TESTS), *told]
+        if importable("xdist"):
+            told += ["-n", str(min(8, self.result["about"]["cores"]))]
+        more = [path for package, paths in MORE_TESTS.items() if importable(package) for path in paths]
+        return [*(self.options.tests or (*TESTS, *more)), *told, "--device", "cuda"]
 
     def run(self) -> None:
         self.build_and_limits()

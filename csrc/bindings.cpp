@@ -76,10 +76,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("route", [](Address logits, int64_t tokens, int64_t experts, Address bias, int64_t top_k, int64_t num_groups,
                     int64_t topk_groups, bool sigmoid, bool normalise, bool top2_sum, bool softmax_after_topk,
                     double routed_scaling, double norm_epsilon, Address masks, int64_t num_masks, Address mask_rows,
-                    Address lost, Address outside, Address ids, Address weights) {
+                    Address offsets, Address stand_ins, Address lost, Address outside, Address ids, Address weights) {
     const RouterRules rules{top_k, num_groups, topk_groups, sigmoid, normalise, top2_sum, softmax_after_topk,
                             routed_scaling, norm_epsilon};
-    route(floats(logits), tokens, experts, floats(bias), rules, {(const uint8_t*)masks, num_masks, ints(mask_rows)},
+    route(floats(logits), tokens, experts, floats(bias), rules,
+          {(const uint8_t*)masks, num_masks, ints(mask_rows), floats(offsets), ints(stand_ins)},
           {floats_out(lost), reinterpret_cast<int64_t*>(outside)}, reinterpret_cast<int32_t*>(ids),
           floats_out(weights));
   }, no_gil);
@@ -88,14 +89,16 @@ PYBIND11_MODULE(_C, m) {
     linear(floats(x), tokens, heads, k, bytes(packed), n, format, floats(bias), floats_out(out));
   }, no_gil);
   m.def("expert_slots", [](Address ids, int64_t tokens, int64_t top_k, Address slot_of, int64_t experts, int64_t count,
-                           int64_t layer, Address slots) {
-    expert_slots(ints(ids), tokens, top_k, {ints(slot_of), experts, count, layer}, reinterpret_cast<int32_t*>(slots));
+                           int64_t layer, int64_t num_constants, Address slots) {
+    expert_slots(ints(ids), tokens, top_k, {ints(slot_of), experts, count, layer}, num_constants,
+                 reinterpret_cast<int32_t*>(slots));
   }, no_gil);
   m.def("fused_moe", [](Address x, Address ids, Address weights, Address gate_up, Address down, int64_t tokens,
                         int64_t top_k, int64_t hidden, int64_t intermediate, int64_t experts, int32_t format,
-                        Address out) {
+                        Address constants, int64_t num_constants, Address out) {
     fused_moe(floats(x), ints(ids), floats(weights), bytes(gate_up), bytes(down),
-              {tokens, top_k, hidden, intermediate, experts}, format, floats_out(out));
+              {tokens, top_k, hidden, intermediate, experts}, format, floats_out(out),
+              {floats(constants), num_constants});
   }, no_gil);
   m.def("expert_moments", [](Address x, Address ids, Address weights, Address gate_up, Address down, int64_t tokens,
                              int64_t top_k, int64_t hidden, int64_t intermediate, int64_t experts, int32_t format,
@@ -103,7 +106,7 @@ PYBIND11_MODULE(_C, m) {
     const Moments moments{reinterpret_cast<const uint8_t*>(counted), reinterpret_cast<double*>(sums),
                           reinterpret_cast<double*>(squares), floats_out(peaks)};
     fused_moe(floats(x), ints(ids), floats(weights), bytes(gate_up), bytes(down),
-              {tokens, top_k, hidden, intermediate, experts}, format, floats_out(out), &moments);
+              {tokens, top_k, hidden, intermediate, experts}, format, floats_out(out), {}, &moments);
   }, no_gil);
   m.def("choose_token", [](Address logits, int64_t size, double temperature, double min_p, int64_t top_k, double top_p,
                            double fraction) {

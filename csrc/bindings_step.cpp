@@ -63,12 +63,16 @@ void bind_step(py::module_& m) {
   Descriptor<Residence>(m, "Residence").field("slot_of", &Residence::slot_of)
       .field("num_experts", &Residence::num_experts).field("num_slots", &Residence::num_slots)
       .field("layer", &Residence::layer);
+  Descriptor<Constants>(m, "Constants").field("rows", &Constants::rows).field("count", &Constants::count);
+  Descriptor<Recovery>(m, "Recovery").field("offsets", &Recovery::offsets)
+      .field("stand_ins", &Recovery::stand_ins).field("constants", &Recovery::constants);
   Descriptor<Mixture>(m, "Mixture").field("router", &Mixture::router)
       .field("selection_bias", &Mixture::selection_bias).field("rules", &Mixture::rules)
       .field("masks", &Mixture::masks).field("num_masks", &Mixture::num_masks)
       .field("gate_up", &Mixture::gate_up).field("down", &Mixture::down).field("num_experts", &Mixture::num_experts)
       .field("hidden", &Mixture::hidden).field("intermediate", &Mixture::intermediate)
-      .field("format", &Mixture::format).field("residence", &Mixture::residence);
+      .field("format", &Mixture::format).field("residence", &Mixture::residence)
+      .field("recovery", &Mixture::recovery);
   Descriptor<Layer>(m, "Layer").field("attention_norm", &Layer::attention_norm).field("attention", &Layer::attention)
       .field("cache", &Layer::cache).field("mlp_norm", &Layer::mlp_norm).field("experts", &Layer::experts)
       .field("shared", &Layer::shared);

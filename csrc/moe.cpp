@@ -24,22 +24,23 @@ constexpr int64_t kParallelFrom = 1 << 17;
 struct Sorted {
   int64_t* first;        // [E + 1]
   int32_t* token_of;     // sorted row -> token
-  int64_t* row_of;       // pair -> sorted row
+  int64_t* row_of;       // pair -> sorted row; -1 - c: constant c, which is no row
   int32_t* active;       // experts with rows, busiest first, so that no long task comes last
   int64_t num_active = 0;
 };
 
-Sorted sort_by_expert(const int32_t* ids, const MoeShape& s, Scratch& scratch) {
+Sorted sort_by_expert(const int32_t* ids, const MoeShape& s, int64_t num_constants, Scratch& scratch) {
   const int64_t pairs = s.num_tokens * s.top_k;
   Sorted sorted{scratch.take<int64_t>(s.num_experts + 1), scratch.take<int32_t>(pairs), scratch.take<int64_t>(pairs),
                 scratch.take<int32_t>(s.num_experts)};
   std::fill_n(sorted.first, s.num_experts + 1, 0);
   for (int64_t p = 0; p < pairs; ++p) {
-    if (ids[p] < 0 || ids[p] >= s.num_experts) {
+    if (ids[p] < 0 || ids[p] >= s.num_experts + num_constants) {
       throw KernelFault("fused_moe: expert_ids[" + std::to_string(p / s.top_k) + ", " + std::to_string(p % s.top_k) +
-                        "] = " + std::to_string(ids[p]) + ", expected 0 <= id < " + std::to_string(s.num_experts));
+                        "] = " + std::to_string(ids[p]) + ", expected 0 <= id < " +
+                        std::to_string(s.num_experts + num_constants));
     }
-    ++sorted.first[ids[p] + 1];
+    if (ids[p] < s.num_experts) ++sorted.first[ids[p] + 1];
   }
   for (int64_t e = 0; e < s.num_experts; ++e) {
     if (sorted.first[e + 1]) sorted.active[sorted.num_active++] = (int32_t)e;
@@ -50,6 +51,10 @@ Sorted sort_by_expert(const int32_t* ids, const MoeShape& s, Scratch& scratch) {
   int64_t* next = scratch.take<int64_t>(s.num_experts);
   std::copy_n(sorted.first, s.num_experts, next);
   for (int64_t p = 0; p < pairs; ++p) {
+    if (ids[p] >= s.num_experts) {
+      sorted.row_of[p] = s.num_experts - 1 - ids[p];
+      continue;
+    }
     const int64_t row = next[ids[p]]++;
     sorted.row_of[p] = row;
     sorted.token_of[row] = (int32_t)(p / s.top_k);
@@ -67,6 +72,7 @@ struct Call {
   int64_t hidden_width;  // I padded to 16
   char* h;               // [pairs, hidden_width] in the hidden row type
   int64_t h_stride;      // bytes
+  const float* constants;  // [*, H]
 
   int32_t hidden_type() const { return table.hidden_rows[format_kind(format)]; }
 };
@@ -131,7 +137,10 @@ void sum_slots(const Call& c, const float* weights, int64_t column, int64_t widt
                const float** slots, float* out) {
   const int64_t top_k = c.shape.top_k;
   for (int64_t t = 0; t < c.shape.num_tokens; ++t) {
-    for (int64_t s = 0; s < top_k; ++s) slots[s] = block + c.sorted.row_of[t * top_k + s] * width;
+    for (int64_t s = 0; s < top_k; ++s) {
+      const int64_t row = c.sorted.row_of[t * top_k + s];
+      slots[s] = row >= 0 ? block + row * width : c.constants + (-1 - row) * c.shape.hidden + column;
+    }
     c.table.weighted_sum(slots, weights + t * top_k, top_k, width, out + t * c.shape.hidden + column);
   }
 }
@@ -191,9 +200,14 @@ void finish_moments(const Call& c, const PanelMoments& panels, const Moments& mo
 
 }  // namespace
 
-void expert_slots(const int32_t* ids, int64_t num_tokens, int64_t top_k, const Residence& residence, int32_t* slots) {
+void expert_slots(const int32_t* ids, int64_t num_tokens, int64_t top_k, const Residence& residence,
+                  int64_t num_constants, int32_t* slots) {
   for (int64_t p = 0; p < num_tokens * top_k; ++p) {
-    const int64_t id = ids[p];
+    const int64_t id = ids[p], constant = id - residence.num_experts;
+    if (constant >= 0 && constant < num_constants) {
+      slots[p] = (int32_t)(residence.num_slots + constant);
+      continue;
+    }
     const bool known = id >= 0 && id < residence.num_experts;
     const int32_t slot = known ? residence.slot_of[id] : -1;
     if (slot < 0 || slot >= residence.num_slots) {
@@ -207,17 +221,18 @@ void expert_slots(const int32_t* ids, int64_t num_tokens, int64_t top_k, const R
 }
 
 void fused_moe(const float* x, const int32_t* ids, const float* weights, const char* gate_up, const char* down,
-               const MoeShape& shape, int32_t format, float* out, const Moments* moments) {
+               const MoeShape& shape, int32_t format, float* out, const Constants& constants,
+               const Moments* moments) {
   const KernelTable& table = kernels();
   const int64_t pairs = shape.num_tokens * shape.top_k, threads = num_threads();
   Scratch scratch;
-  const Sorted sorted = sort_by_expert(ids, shape, scratch);
+  const Sorted sorted = sort_by_expert(ids, shape, constants.count, scratch);
   Activations rows(table, x, shape.num_tokens, shape.hidden, format, scratch);
   const int64_t gate_up_panels = round_up(shape.intermediate, kTileColumns) / kTileColumns;
   const int64_t hidden_width = gate_up_panels * kTileColumns;
   const int64_t h_stride = row_bytes(hidden_width, table.hidden_rows[format_kind(format)]);
   const Call call{table,        shape, sorted, gate_up, down, format, hidden_width,
-                  scratch.take<char>(pairs * h_stride), h_stride};
+                  scratch.take<char>(pairs * h_stride), h_stride, constants.rows};
 
   // About eight tasks per thread. A block of an integer hidden row is written by one task: four panels.
   const int64_t unit = is_integer(format) ? kRowBlock / kTileColumns : 2;

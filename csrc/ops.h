@@ -31,11 +31,15 @@ struct ExpertMasks {       // the experts that each token may use; rows null: al
   const uint8_t* allowed;  // [count, num_experts], 0: forbidden
   int64_t count;
   const int32_t* rows;     // [tokens], -1: no mask
+  // What the rows do about forbidden experts, both null or neither: moe_runtime/kernels/route_recovery.py.
+  const float* offsets = nullptr;      // [count, num_experts], added to logits
+  const int32_t* stand_ins = nullptr;  // [count, num_experts]: a forbidden expert's constant, -1: none
 };
 struct RouteMeter {        // what the masks do, added to what is there; null: not asked
   float* lost;             // [tokens]: the part of the weight that goes to forbidden experts without the mask
   int64_t* outside;        // choices that a mask forbids: none, unless it allows fewer than top_k
 };
+// ids [tokens, top_k]: experts, or num_experts + the constant that stands in for one.
 void route(const float* logits, int64_t num_tokens, int64_t num_experts, const float* bias, const RouterRules& rules,
            const ExpertMasks& masks, const RouteMeter& meter, int32_t* ids, float* weights);
 
@@ -48,12 +52,17 @@ struct Residence {         // which experts of a layer are in memory; slot_of nu
   const int32_t* slot_of;  // [num_experts]: place among the num_slots that are; negative: not there
   int64_t num_experts, num_slots, layer;
 };
-// ids [tokens, top_k] of a layer's experts -> their places; `slots` may be `ids`. KernelFault names layer and expert of
-// one that is not there.
-void expert_slots(const int32_t* ids, int64_t num_tokens, int64_t top_k, const Residence& residence, int32_t* slots);
+// ids [tokens, top_k] of a layer's experts -> their places; `slots` may be `ids`. The ids of constants, num_constants
+// after the experts', become as many after the places. KernelFault names layer and expert of one that is not there.
+void expert_slots(const int32_t* ids, int64_t num_tokens, int64_t top_k, const Residence& residence,
+                  int64_t num_constants, int32_t* slots);
 
 struct MoeShape {
   int64_t num_tokens, top_k, hidden, intermediate, num_experts;
+};
+struct Constants {         // what stands in for experts: the same for every token; ids num_experts and up
+  const float* rows;       // [count, hidden]
+  int64_t count;
 };
 // What the experts made of the tokens, before the weights, for profiling. Sums are in an order that neither threads nor
 // sizes of tasks change.
@@ -64,7 +73,8 @@ struct Moments {
   float* peaks;            // [num_tokens, top_k]: and its largest absolute number; a NaN shows in `squares` alone
 };
 void fused_moe(const float* x, const int32_t* ids, const float* weights, const char* gate_up, const char* down,
-               const MoeShape& shape, int32_t format, float* out, const Moments* moments = nullptr);
+               const MoeShape& shape, int32_t format, float* out, const Constants& constants = {},
+               const Moments* moments = nullptr);
 
 // sampling.cpp: the id drawn from softmax(logits / temperature) after the filters; -1 if no logit is finite and largest.
 struct SamplingRules {

@@ -37,6 +37,7 @@ struct Row {
   double* group_best;
   int32_t* group_ids;
   int32_t* free_ids;  // the choice without a mask
+  uint8_t* racing;    // experts of the mask, and those with a stand-in
 };
 
 // One token's question: which experts, of those it may use (allowed null: all)?
@@ -157,6 +158,28 @@ void clean_logits(const float* logits, int64_t num_experts, const Row& row) {
   for (int64_t e = 0; e < num_experts; ++e) row.clean[e] = finite(logits[e]);
 }
 
+// What a mask's row does about the experts that it forbids.
+struct Recovered {
+  const float* offsets;
+  const int32_t* stand_ins;
+
+  // Changes the logits; who is in the race now.
+  const uint8_t* enter(const float* logits, const uint8_t* allowed, int64_t num_experts, const Row& row) const {
+    for (int64_t e = 0; e < num_experts; ++e) {
+      row.clean[e] = finite(logits[e] + offsets[e]);
+      row.racing[e] = allowed[e] || stand_ins[e] >= 0;
+    }
+    return row.racing;
+  }
+  // Winners that only a constant stands for take its name.
+  void rename(const uint8_t* allowed, int64_t num_experts, int64_t top_k, int32_t* ids) const {
+    for (int64_t i = 0; i < top_k; ++i) {
+      const int32_t stand_in = stand_ins[ids[i]];
+      if (!allowed[ids[i]] && stand_in >= 0) ids[i] = (int32_t)num_experts + stand_in;
+    }
+  }
+};
+
 void check_rows(const ExpertMasks& masks, int64_t num_tokens) {
   if (!masks.rows) return;
   for (int64_t t = 0; t < num_tokens; ++t) {
@@ -179,19 +202,28 @@ void route(const float* logits, int64_t num_tokens, int64_t num_experts, const f
   for (int w = 0; w < threads; ++w) {
     rows[w] = {scratch.take<double>(num_experts),      scratch.take<float>(num_experts),
                scratch.take<float>(num_experts),       scratch.take<double>(rules.num_groups),
-               scratch.take<int32_t>(rules.num_groups), scratch.take<int32_t>(rules.top_k)};
+               scratch.take<int32_t>(rules.num_groups), scratch.take<int32_t>(rules.top_k),
+               scratch.take<uint8_t>(masks.stand_ins ? num_experts : 0)};
   }
   const auto route_row = [&](int64_t t, const Row& row) {
     const int32_t mask = masks.rows ? masks.rows[t] : -1;
-    const Question question{num_experts, bias, rules, mask < 0 ? nullptr : masks.allowed + mask * num_experts};
+    const int64_t first = mask * num_experts;
+    int32_t* const chosen = ids + t * rules.top_k;
+    Question question{num_experts, bias, rules, mask < 0 ? nullptr : masks.allowed + first};
+    const uint8_t* const allowed = question.allowed;
     clean_logits(logits + t * num_experts, num_experts, row);
-    if (question.allowed && meter.lost) meter.lost[t] += lost_share(question, row);
+    if (allowed && meter.lost) meter.lost[t] += lost_share(question, row);
+    const bool recovers = allowed && masks.stand_ins;
+    const Recovered recovered = recovers ? Recovered{masks.offsets + first, masks.stand_ins + first} : Recovered{};
+    if (recovers) question.allowed = recovered.enter(logits + t * num_experts, allowed, num_experts, row);
     score(question, row);
-    choose(question, row, ids + t * rules.top_k);
-    weigh(question, row, ids + t * rules.top_k, weights + t * rules.top_k);
-    if (!question.allowed || !meter.outside) return;
+    choose(question, row, chosen);
+    weigh(question, row, chosen, weights + t * rules.top_k);
+    if (recovers) recovered.rename(allowed, num_experts, rules.top_k, chosen);
+    if (!allowed || !meter.outside) return;
     for (int64_t i = 0; i < rules.top_k; ++i) {
-      if (!question.may(ids[t * rules.top_k + i])) __atomic_fetch_add(meter.outside, 1, __ATOMIC_RELAXED);
+      const bool is_outside = chosen[i] < num_experts && !allowed[chosen[i]];
+      if (is_outside) __atomic_fetch_add(meter.outside, 1, __ATOMIC_RELAXED);
     }
   };
   Stage stage((num_tokens + kRows - 1) / kRows);

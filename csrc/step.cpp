@@ -71,16 +71,18 @@ void mix(const Mixture& m, const Fence& fence, Arena& arena, const float* x, int
   if (m.router.data) {
     float* logits = arena.take<float>(rows * m.num_experts);
     apply(m.router, x, rows, logits);
-    const ExpertMasks masks{m.masks, m.num_masks, m.masks ? fence.mask_rows : nullptr};
+    const ExpertMasks masks{m.masks, m.num_masks, m.masks ? fence.mask_rows : nullptr, m.recovery.offsets,
+                            m.recovery.stand_ins};
     route(logits, rows, m.num_experts, m.selection_bias, m.rules, masks, fence.meter, ids, weights);
   } else {
     std::fill_n(ids, rows, 0);
     std::fill_n(weights, rows, 1.0f);
   }
   const Residence& residence = m.residence;
-  if (residence.slot_of) expert_slots(ids, rows, top_k, residence, ids);
+  if (residence.slot_of) expert_slots(ids, rows, top_k, residence, m.recovery.constants.count, ids);
   const int64_t packed = residence.slot_of ? residence.num_slots : m.num_experts;
-  fused_moe(x, ids, weights, m.gate_up, m.down, {rows, top_k, m.hidden, m.intermediate, packed}, m.format, out);
+  fused_moe(x, ids, weights, m.gate_up, m.down, {rows, top_k, m.hidden, m.intermediate, packed}, m.format, out,
+            m.recovery.constants);
 }
 
 // After the rows without logits have gone.

@@ -54,6 +54,11 @@ struct LatentAttention {   // layers/latent_attention.py
   Matrix absorb, expand, output;
   double scale;
 };
+struct Recovery {          // layers/recovery.py; offsets and stand_ins null: none
+  const float* offsets;    // [num_masks, num_experts], as ExpertMasks'
+  const int32_t* stand_ins;
+  Constants constants;     // which stand_ins name
+};
 struct Mixture {           // layers/moe.py; router null: every token visits expert 0 with weight 1
   Matrix router;
   const float* selection_bias;
@@ -65,6 +70,7 @@ struct Mixture {           // layers/moe.py; router null: every token visits exp
   int64_t num_experts, hidden, intermediate;
   int32_t format;
   Residence residence{};   // gate_up and down hold its num_slots experts
+  Recovery recovery{};
 };
 struct Layer {
   Norm attention_norm;

@@ -60,6 +60,10 @@ struct Checker {
     if (m.router.data) matrix("router", m.router, 1, m.num_experts, hidden);
     else equal("top_k without a router", m.rules.top_k, 1);
     if (m.residence.slot_of) equal("the residence's num_experts", m.residence.num_experts, m.num_experts);
+    const Recovery& recovery = m.recovery;
+    holds("one of offsets and stand-ins is missing", !recovery.offsets == !recovery.stand_ins);
+    holds("there are stand-ins without masks", m.masks || !recovery.stand_ins);
+    holds("there are constants without stand-ins", recovery.stand_ins || recovery.constants.count == 0);
   }
 };
 

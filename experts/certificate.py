@@ -26,6 +26,9 @@ class Certificate:
     passed       whether the evaluation kept to it, and to whatever else it looks at; ``reasons`` if not
     measured     the same numbers as found on the scenario's test text, and whatever else was measured
     test         digests of the texts it was measured on
+    recovery     recoveries (recovery_trial.py) that were tried: "applied", the kind of the one that the
+                 numbers hold with or None, and "tried", of each its kind, digest, bytes, whether it helps and
+                 the change of KL; None when there was none, as in certificates of earlier versions
     """
 
     scenario: str | tuple[str, ...]
@@ -37,6 +40,7 @@ class Certificate:
     reasons: tuple[str, ...]
     measured: Mapping[str, Any]
     test: Mapping[str, str]
+    recovery: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Raises PlanError for a certificate that says too little, or passes what is over budget."""
@@ -49,11 +53,13 @@ class Certificate:
                 value = getattr(self, part)[name]
                 if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                     raise PlanError(f"a certificate's {part}.{name} must be a finite number, not {value!r}")
+        if self.recovery is not None:
+            _check_recovery(self.recovery)
 
     @classmethod
     def load(cls, path: Path) -> Certificate:
         """Raises PlanError for a file that is missing, was changed, or is no certificate."""
-        body = documents.load(path, KIND).body
+        body = {"recovery": None, **documents.load(path, KIND).body}
         fields = cls.__dataclass_fields__
         if body.keys() != fields.keys():
             different = sorted(body.keys() ^ fields.keys())
@@ -89,3 +95,31 @@ class Certificate:
         if not self.passed:
             reasons.append(f"its evaluation failed: {'; '.join(self.reasons) or 'no reason given'}")
         return reasons
+
+    @property
+    def applied_recovery(self) -> str | None:
+        """Digest of the recovery file without which the numbers do not hold; None for the plan alone."""
+        if self.recovery is None or self.recovery["applied"] is None:
+            return None
+        digests = {tried["kind"]: tried["digest"] for tried in self.recovery["tried"]}
+        return str(digests[self.recovery["applied"]])
+
+    def tried_in_vain(self, digest: str) -> bool:
+        """Whether this recovery file was measured and does not help, or less than another one."""
+        tried = [] if self.recovery is None else self.recovery["tried"]
+        return digest in {each["digest"] for each in tried} and digest != self.applied_recovery
+
+
+def _check_recovery(value: Any) -> None:
+    try:
+        kinds = [tried["kind"] for tried in value["tried"]]
+        complete = all(
+            type(tried["digest"]) is str and type(tried["helps"]) is bool for tried in value["tried"]
+        )
+        applied = value["applied"]
+    except (KeyError, TypeError) as error:
+        raise PlanError(f"a certificate's 'recovery' must say what was applied and tried: {error}") from error
+    if not complete or (applied is not None and applied not in kinds):
+        raise PlanError(
+            f"a certificate's 'recovery' applies {applied!r}, which is not among those tried: {kinds}"
+        )

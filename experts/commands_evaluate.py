@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.engine import Engine
 from moe_runtime.errors import ConfigError, PlanError
 from moe_runtime.experts import documents
 from moe_runtime.experts.certificate import Certificate
@@ -18,19 +17,19 @@ from moe_runtime.experts.corpus_text import Renderer
 from moe_runtime.experts.evaluation import (
     Limits,
     baselines,
-    measure_answers,
-    measure_divergence,
     objections,
     planning_fingerprints,
     require_apart,
 )
-from moe_runtime.experts.forward import Runner
+from moe_runtime.experts.evaluation_sets import Amounts, SetsOfTexts
 from moe_runtime.experts.model_identity import ModelIdentity
 from moe_runtime.experts.options import add_engine_arguments, engine_config
 from moe_runtime.experts.plan_file import PlanFile
-from moe_runtime.experts.progress import Progress
+from moe_runtime.experts.recovery_file import RecoveryFile
+from moe_runtime.experts.recovery_trial import read_recoveries
 from moe_runtime.experts.statistics import Statistics
 from moe_runtime.experts.statistics_file import load_statistics
+from moe_runtime.placement import readable_bytes
 
 KIND = "evaluation"
 
@@ -39,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Compare the full model with itself under a plan's mask, on texts that the plan has not seen: KL "
         "divergence with 95 % intervals, whole answers, other scenarios (the blast radius), random masks and "
-        "every other score at equal bytes. Exit status 2 when the plan costs more than its limits."
+        "every other score at equal bytes. With --recovery also with what makes up for missing experts: it "
+        "is applied only where it lowers the KL beyond doubt; all numbers then hold with it. Exit status 2 "
+        "when the plan costs more than its limits."
     )
     parser.add_argument(
         "texts",
@@ -51,6 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR")
     parser.add_argument("--plan", type=Path, required=True, metavar="FILE")
     parser.add_argument("--statistics", type=Path, required=True, metavar="FILE", help="the plan's")
+    parser.add_argument(
+        "--recovery",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="of `recover`, one of each kind: the best is applied, if the change of mean KL that it makes on "
+        "the scenario's texts is below 0 with its whole 95 %% interval",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="the evaluation, as a JSON document")
     parser.add_argument("--certificate", type=Path, metavar="FILE", help="what the server asks for")
     limits = Limits()
@@ -94,10 +104,12 @@ def run(arguments: argparse.Namespace) -> int:
             f"one with {plan.scenarios[0]}=PATH"
         )
     require_apart(corpora, planning_fingerprints(statistics, plan))
-    body = _measure(arguments, plan, statistics, corpora, own)
+    files = read_recoveries(arguments.recovery, plan, corpora)
+    body = _measure(arguments, plan, statistics, corpora, own, files)
     reasons = objections([found for found in body["sets"] if found["in_scenario"]], limits)
     body |= {"limits": asdict(limits), "passed": not reasons, "reasons": reasons, "model": identity.to_json()}
     inputs = {"plan": plan.digest, "statistics": statistics.digest}
+    inputs |= {f"recovery ({kind})": file.digest for kind, file in files.items()}
     if arguments.out is not None:
         documents.save(arguments.out, KIND, body, inputs)
     if arguments.certificate is not None:
@@ -125,43 +137,18 @@ def _measure(
     statistics: Statistics,
     corpora: Sequence[Corpus],
     own: Sequence[str],
+    files: Mapping[str, RecoveryFile],
 ) -> dict[str, Any]:
-    config = engine_config(arguments)
-    runner = Runner.load(arguments.model, config)
-    parts = runner.parts
-    engine = Engine(parts.model, parts.tokenizer, config, chooser=parts.chooser, sampler=parts.sampler)
+    amounts = Amounts(arguments.max_answers, arguments.answer_tokens, arguments.seed)
+    texts = SetsOfTexts(arguments.model, engine_config(arguments), plan.mask, amounts)
     others = {} if arguments.no_baselines else baselines(statistics, plan.scenarios, plan.mask)
-    sets, compared = [], {}
-    for corpus in corpora:
-        masks = {"plan": plan.mask} | (others if corpus.scenario in own else {})
-        with Progress(f"{corpus.scenario}: divergence", corpus.num_tokens * len(masks)) as progress:
-            found = measure_divergence(runner, corpus, masks, arguments.seed, progress.advance)
-        asked = sum(bool(text.rendered.prompt_ids) for text in corpus.texts)
-        with Progress(
-            f"{corpus.scenario}: answers", 2 * min(asked, arguments.max_answers), "answers"
-        ) as progress:
-            answers = measure_answers(
-                engine, corpus, plan.mask, arguments.max_answers, arguments.answer_tokens, progress.advance
-            )
-        sets.append(
-            {
-                "name": corpus.scenario,
-                "in_scenario": corpus.scenario in own,
-                "digest": corpus.digest,
-                "divergence": found.pop("plan"),
-                "answers": answers,
-            }
-        )
-        if found:
-            compared[corpus.scenario] = found
     return {
         "scenario": plan.scenario if isinstance(plan.scenario, str) else list(plan.scenario),
         "plan": plan.digest,
         "mask_digest": plan.mask.digest,
         "experts": {"kept": plan.mask.num_kept, "all": sum(plan.mask.num_experts.values())},
         "bytes": dict(plan.num_bytes),
-        "sets": sets,
-        "baselines": compared,
+        **texts.measure(corpora, own, files, others),
     }
 
 
@@ -192,6 +179,9 @@ def _certificate(
             "sets": {found["name"]: found["answers"] for found in own},
         },
         test={corpus.scenario: corpus.digest for corpus in corpora},
+        recovery=None
+        if body["recovery"] is None
+        else {name: body["recovery"][name] for name in ("applied", "tried")},
     )
 
 
@@ -210,8 +200,34 @@ def _table(body: Mapping[str, Any]) -> str:
     for scenario, masks in body["baselines"].items():
         lines.append(f"at equal bytes, on {scenario}:")
         lines += [_row(name, found, None, False) for name, found in sorted(masks.items(), key=_by_kl)]
+    if body["recovery"] is not None:
+        lines += _recovery_lines(body["recovery"])
     lines.append("passed" if body["passed"] else "REFUSED: " + "; ".join(body["reasons"]))
     return "\n".join(lines)
+
+
+def _recovery_lines(told: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for scenario, variants in told["sets"].items():
+        lines.append(f"the plan alone and with a recovery, on {scenario}:")
+        lines += [
+            _row(name, found["divergence"], found["answers"], False) for name, found in variants.items()
+        ]
+        for tried in told["tried"]:
+            change = tried["change"][scenario]
+            lines.append(
+                f"{tried['kind']} changes the mean KL by {change['value']:+.4f} ({change['low']:+.4f} to "
+                f"{change['high']:+.4f}), {readable_bytes(tried['bytes'])}"
+                + ("" if tried["helps"] else ": does not help")
+            )
+    applied = told["applied"]
+    lines.append(
+        "no recovery is applied"
+        if applied is None
+        else f"applied, and in all numbers above: {applied} (a server wants that file as "
+        "recovery.safetensors beside the plan)"
+    )
+    return lines
 
 
 def _by_kl(row: tuple[str, Mapping[str, Any]]) -> float:

@@ -111,4 +111,9 @@ def _measured(certificate: Certificate, name: str, plan: PlanFile) -> dict[str, 
             f"the certificate {name} does not hold: {'; '.join(reasons)}. Run `moe-experts evaluate` again, "
             "or export without --certificate"
         )
+    if certificate.applied_recovery is not None:
+        raise PlanError(
+            f"the certificate {name} holds with a recovery alone, which no export carries. Run `moe-experts "
+            "evaluate` without --recovery, or export without --certificate"
+        )
     return {part: dict(getattr(certificate, part)) for part in ("budget", "measured", "test")}

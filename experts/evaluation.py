@@ -20,6 +20,7 @@ from moe_runtime.experts.plan_file import PlanFile
 from moe_runtime.experts.score import SCORES, scores_of
 from moe_runtime.experts.statistics import Statistics
 from moe_runtime.plan import ExpertMask, LayerMask
+from moe_runtime.recovery import Recovery
 
 RANDOM_SEEDS = (1, 2, 3)
 SAME_TEXT = 0.5  # of a document's fingerprints in the planning texts: then it was planned with
@@ -49,14 +50,16 @@ def planning_fingerprints(statistics: Statistics, plan: PlanFile) -> Hashes:
     return union([tuned, *(statistics.of(scenario).fingerprints.numpy() for scenario in plan.scenarios)])
 
 
-def require_apart(corpora: Sequence[Corpus], known: Hashes) -> None:
-    """Raises PlanError when a test set has texts with these fingerprints."""
+def require_apart(
+    corpora: Sequence[Corpus], known: Hashes, whose: str = "the texts that the plan was made from"
+) -> None:
+    """Raises PlanError when a test set has texts with these fingerprints, which are of ``whose``."""
     for corpus in corpora:
         seen = [text.id for text in corpus.texts if _was_seen(text, known)]
         if len(seen) > MAX_OVERLAP * len(corpus.texts):
             raise PlanError(
-                f"test texts {corpus.scenario!r}: {len(seen)} of {len(corpus.texts)} documents are among the "
-                f"texts that the plan was made from, for example {seen[0]}; test on other documents"
+                f"texts {corpus.scenario!r}: {len(seen)} of {len(corpus.texts)} documents are among {whose}, "
+                f"for example {seen[0]}; take other documents"
             )
 
 
@@ -110,10 +113,11 @@ def measure_answers(
     most: int,
     max_tokens: int,
     advance: Callable[[int], None],
+    recovery: Recovery | None = None,
 ) -> dict[str, Any] | None:
     """Of the first ``most`` texts that end with an answer; None when there is none."""
     texts = [text for text in corpus.texts if text.rendered.prompt_ids][:most]
-    return summarise(answer_pairs(engine, texts, mask, max_tokens, advance)) if texts else None
+    return summarise(answer_pairs(engine, texts, mask, max_tokens, advance, recovery)) if texts else None
 
 
 def objections(sets: Sequence[Mapping[str, Any]], limits: Limits) -> list[str]:

@@ -25,6 +25,7 @@ from moe_runtime.layers.cache import Cache
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.masks import NO_MASK, MaskTable
 from moe_runtime.plan import ExpertMask
+from moe_runtime.recovery import Recovery
 from moe_runtime.scheduler import Step
 
 MAX_LOGIT_VALUES = 1 << 25  # of one batch: 128 MiB of float32
@@ -33,6 +34,7 @@ MASKS_TOGETHER = 8  # in one pass over the documents: each has a cache of its ow
 
 Documents = Sequence[Sequence[int]]
 Advance = Callable[[int], None]  # told of tokens computed
+Recoveries = Sequence[Recovery | None]  # one per mask, or empty: none at all
 
 
 def batch_tokens(model: Decoder, config: EngineConfig) -> int:
@@ -67,31 +69,56 @@ class Runner:
         return {number: mixture.config.num_experts for number, mixture in self.model.mixtures()}
 
     def compare(
-        self, documents: Documents, masks: Sequence[ExpertMask], advance: Advance = lambda tokens: None
+        self,
+        documents: Documents,
+        masks: Sequence[ExpertMask],
+        advance: Advance = lambda tokens: None,
+        recoveries: Recoveries = (),
     ) -> list[TokenDivergences]:
-        """Of each mask against all experts, over all ``documents`` (token ids each, in this order).
+        """Of each mask, with its recovery if there is one, against all experts, over all ``documents`` (token
+        ids each, in this order).
 
         ``advance`` is told of len(masks) times the tokens, bit by bit. The same documents again are cheaper:
         the full model's logits are kept while they are few. Raises PlanError for masks that do not fit the
-        model, for documents without two tokens, and for logits that are not finite.
+        model, recoveries that do not fit their mask, documents without two tokens, and logits that are not
+        finite.
         """
         if not any(len(ids) > 1 for ids in documents):
             raise PlanError("nothing to compare on: no document has two tokens or more")
         results: list[TokenDivergences] = []
         for start in range(0, len(masks), MASKS_TOGETHER):
-            results += self._compare(documents, masks[start : start + MASKS_TOGETHER], advance)
+            part = slice(start, start + MASKS_TOGETHER)
+            results += self._compare(documents, masks[part], recoveries[part], advance)
         return results
 
     def compare_one(self, documents: Documents, mask: ExpertMask) -> TokenDivergences:
         """As ``compare`` of one mask."""
         return self.compare(documents, [mask])[0]
 
+    @contextmanager
+    def masked(self, masks: Sequence[ExpertMask], recoveries: Recoveries = ()) -> Iterator[list[int]]:
+        """Their rows of the mask table, for a while. Raises PlanError as ``compare``."""
+        names: list[str] = []
+        try:
+            for number, mask in enumerate(masks):
+                recovery = recoveries[number] if recoveries else None
+                self._masks.add(f"mask {number}", mask, recovery=recovery)
+                names.append(f"mask {number}")
+            yield [self._masks.grant(name).row for name in names]
+        finally:
+            for name in names:
+                self._masks.remove(name)
+
     def _compare(
-        self, documents: Documents, masks: Sequence[ExpertMask], advance: Advance
+        self,
+        documents: Documents,
+        masks: Sequence[ExpertMask],
+        recoveries: Recoveries,
+        advance: Advance,
     ) -> list[TokenDivergences]:
         found: list[list[TokenDivergences]] = [[] for _ in masks]
         caches = [self._new_cache(documents) for _ in masks]
-        with self._rows(masks) as rows:
+        with self.masked(masks, recoveries) as rows:
             for step, full in self._full(documents):
                 wanted = _Wanted(step, documents)
                 reference = full.index_select(0, wanted.rows.to(full.device))
@@ -136,19 +163,6 @@ class Runner:
         config = self._config
         blocks = cache_blocks([len(ids) for ids in documents], self._batch_tokens, config.block_size)
         return self.model.new_cache(blocks, config.block_size, config.kv_dtype)
-
-    @contextmanager
-    def _rows(self, masks: Sequence[ExpertMask]) -> Iterator[list[int]]:
-        """Their rows of the mask table, for a while."""
-        names: list[str] = []
-        try:
-            for number, mask in enumerate(masks):
-                self._masks.add(f"mask {number}", mask)
-                names.append(f"mask {number}")
-            yield [self._masks.grant(name).row for name in names]
-        finally:
-            for name in names:
-                self._masks.remove(name)
 
 
 class _Wanted:

@@ -14,6 +14,7 @@ from moe_runtime.engine import Engine
 from moe_runtime.experts.corpus import Text
 from moe_runtime.output import Completion, TokenEvent
 from moe_runtime.plan import ExpertMask
+from moe_runtime.recovery import Recovery
 from moe_runtime.sampling_params import SamplingParams
 
 REPEATS, LONGEST_PERIOD, LEAST_TOKENS = 4, 64, 12
@@ -45,13 +46,14 @@ def answer_pairs(
     mask: ExpertMask,
     max_tokens: int,
     advance: Callable[[int], None] = lambda answers: None,
+    recovery: Recovery | None = None,
 ) -> list[Pair]:
     """Every text's question, answered by the full model and under the mask; ``advance`` is told of answers.
 
-    The texts have ``rendered.prompt_ids``. Raises PlanError for a mask that does not fit, and what
-    ``Engine.add`` raises.
+    The texts have ``rendered.prompt_ids``. Raises PlanError for a mask or recovery that does not fit, and
+    what ``Engine.add`` raises.
     """
-    engine.masks.add(NAME, mask)
+    engine.masks.add(NAME, mask, recovery=recovery)
     try:
         found = _answers(engine, texts, max_tokens, advance)
     finally:

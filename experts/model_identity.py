@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from moe_runtime.canonical_json import digest
-from moe_runtime.checkpoint import SHARDS_FILE, list_weight_files, open_regular
-from moe_runtime.errors import CheckpointError, PlanError
+from moe_runtime.checkpoint import SHARDS_FILE, list_weight_files
+from moe_runtime.errors import PlanError
 from moe_runtime.experts.documents import load
+from moe_runtime.experts.file_digests import DigestMemo, file_digests
 from moe_runtime.hf_config import read_json
 
 SHARDS_KIND = "expert_shards"
-READERS = 8  # files hashed side by side
-BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +29,22 @@ class ModelIdentity:
     tokenizer: str
 
     @classmethod
-    def of(cls, model_dir: Path) -> ModelIdentity:
-        """Reads every byte of the model, once per process and version of a file. A folder of shards
-        (shards.py) is the model that it was made of, whichever of them are there. Raises CheckpointError, and
-        PlanError for shards that are not what they were.
+    def of(cls, model_dir: Path, memo: DigestMemo | None = None) -> ModelIdentity:
+        """Reads every byte of the model, once per process and version of a file; with a ``memo`` only of
+        weight files that it does not know. A folder of shards (shards.py) is the model that it was made of,
+        whichever of them are there. Raises CheckpointError, and PlanError for shards that are not what they
+        were.
         """
         config = digest(read_json(model_dir / "config.json"))
         files = sorted(list_weight_files(model_dir), key=lambda path: path.name)
-        with ThreadPoolExecutor(READERS, thread_name_prefix="moe-identity") as pool:
-            found = list(pool.map(_file_digest, files))
+        found = file_digests(files) if memo is None else memo.digests(files)
         if (model_dir / SHARDS_FILE).exists():
             return cls._of_shards(
                 model_dir, config, dict(zip((path.name for path in files), found, strict=True))
             )
         lines = "".join(f"{each}  {path.name}\n" for each, path in zip(found, files, strict=True))
         weights = hashlib.sha256(lines.encode()).hexdigest()
-        return cls(weights, config, _file_digest(model_dir / "tokenizer.json"))
+        return cls(weights, config, file_digests([model_dir / "tokenizer.json"])[0])
 
     @classmethod
     def _of_shards(cls, model_dir: Path, config: str, found: Mapping[str, str]) -> ModelIdentity:
@@ -59,7 +55,9 @@ class ModelIdentity:
             if wanted.get(name) != each:
                 raise PlanError(f"{name} is not the file that {SHARDS_FILE} lists; split the model again")
         made_of = cls.from_json(body["model"])
-        cls(made_of.weights, config, _file_digest(model_dir / "tokenizer.json")).check(made_of, SHARDS_FILE)
+        cls(made_of.weights, config, file_digests([model_dir / "tokenizer.json"])[0]).check(
+            made_of, SHARDS_FILE
+        )
         return made_of
 
     def difference(self, other: ModelIdentity) -> str:
@@ -85,22 +83,3 @@ class ModelIdentity:
         if not all(isinstance(part, str) for part in value.values()):
             raise PlanError("a model's identity consists of digests as text")
         return cls(**value)
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        status = path.stat()
-        return _digest_of(path.resolve(), status.st_size, status.st_mtime_ns)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", file=path.name) from error
-
-
-@lru_cache(maxsize=4096)
-def _digest_of(path: Path, size: int, changed: int) -> str:
-    """``size`` and ``changed`` tell one version of the file from the next."""
-    with open_regular(path) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        found = hashlib.sha256()
-        while block := file.read(BLOCK_BYTES):
-            found.update(block)
-    return found.hexdigest()

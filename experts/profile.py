@@ -14,6 +14,7 @@ import torch
 from moe_runtime.batch import Batch
 from moe_runtime.config import EngineConfig
 from moe_runtime.engine_load import load_parts
+from moe_runtime.errors import PlanError
 from moe_runtime.experts.accumulate import Accumulator, BatchRows
 from moe_runtime.experts.corpus import Corpus
 from moe_runtime.experts.fingerprints import fingerprints, union
@@ -33,11 +34,16 @@ TOKENS_PER_EXPERT = 32  # the fewest, on average over the experts of a layer, th
 
 
 def require_enough(model_dir: Path, corpora: Sequence[Corpus]) -> None:
-    """Raises PlanError for a scenario with too few tokens for the model's number of experts. Reads
-    config.json alone.
+    """Raises PlanError for a scenario with too few tokens for the model's number of experts, and for layers
+    of unequal size. Reads config.json alone.
     """
     _, config = read_model_config(model_dir, "float32")  # whatever the dtype is
     moe = config.moe
+    if len({*config.num_experts_per_layer} - {0}) > 1:
+        raise PlanError(
+            "the layers have different numbers of experts, and statistics have one for all: profile the "
+            "model that it was exported from"
+        )
     needed = -(-TOKENS_PER_EXPERT * moe.num_experts // moe.top_k)
     for corpus in corpora:
         corpus.require(

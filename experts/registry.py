@@ -3,6 +3,7 @@
     <scenarios>/<name>/plan.json           the experts it keeps (documents.py, kind "plan")
     <scenarios>/<name>/certificate.json    what that costs, for this plan and this model
     <scenarios>/<name>/policy.json         optional: {"threshold": 0.3, "action": "flag"}, see drift_policy.py
+    <scenarios>/<name>/recovery.safetensors   optional: applied if the certificate's numbers hold with it
 
 The folder's name is the scenario's. Nothing here touches a running engine.
 """
@@ -19,10 +20,13 @@ from typing import Any
 from moe_runtime.drift_policy import DriftPolicy
 from moe_runtime.errors import ConfigError, PlanError
 from moe_runtime.experts.certificate import LIMITS, Certificate
+from moe_runtime.experts.file_digests import DigestMemo
 from moe_runtime.experts.model_identity import ModelIdentity
 from moe_runtime.experts.plan_file import PlanFile
+from moe_runtime.experts.recovery_file import RecoveryFile
 from moe_runtime.placement import Placement
 from moe_runtime.plan import SCENARIO_NAME, ExpertMask
+from moe_runtime.recovery import Recovery
 
 FOLDER = "scenarios"  # in the model's folder
 PLAN, CERTIFICATE, POLICY, RECOVERY = "plan.json", "certificate.json", "policy.json", "recovery.safetensors"
@@ -31,7 +35,12 @@ MAX_POLICY_BYTES = 4096
 
 @dataclass(frozen=True)
 class Scenario:
-    """One that may be served. ``objections``: why its certificate does not hold, where that was allowed."""
+    """One that may be served.
+
+    objections     why its certificate does not hold, where that was allowed
+    recovery_file  what makes up for missing experts, if its certificate says so
+    unused         why there is a file of that kind that is not applied; empty if there is none
+    """
 
     name: str
     mask: ExpertMask
@@ -41,6 +50,13 @@ class Scenario:
     policy: DriftPolicy | None
     certificate: Certificate | None
     objections: tuple[str, ...]
+    recovery_file: RecoveryFile | None = None
+    unused: str = ""
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """What the engine is to apply."""
+        return None if self.recovery_file is None else self.recovery_file.recovery
 
     def summary(self) -> dict[str, Any]:
         """For a list of models: plain JSON."""
@@ -52,6 +68,7 @@ class Scenario:
             "bytes_full": self.bytes_full,
             "plan": self.plan_digest,
             "policy": None if self.policy is None else asdict(self.policy),
+            "recovery": self._recovery_summary(),
             "certificate": {
                 "valid": not self.objections,
                 "objections": list(self.objections),
@@ -60,17 +77,32 @@ class Scenario:
             },
         }
 
+    def _recovery_summary(self) -> dict[str, Any] | None:
+        file = self.recovery_file
+        if file is not None:
+            return {"applied": True, "kind": file.kind, "bytes": file.num_bytes, "digest": file.digest}
+        return {"applied": False, "reason": self.unused} if self.unused else None
+
 
 class Registry:
     """The scenarios folder of one model."""
 
-    def __init__(self, folder: Path, model_dir: Path, *, allow_uncertified: bool = False) -> None:
-        """Raises ConfigError when there is no such folder. Reading the model's identity may take long."""
+    def __init__(
+        self,
+        folder: Path,
+        model_dir: Path,
+        *,
+        allow_uncertified: bool = False,
+        memo: DigestMemo | None = None,
+    ) -> None:
+        """Raises ConfigError when there is no such folder. To know the model all its bytes are read, which
+        may take long, but for what ``memo`` knows.
+        """
         if not folder.is_dir():
             raise ConfigError(f"--scenario-dir {folder}: no such folder")
         self.folder = folder
         self._allow_uncertified = allow_uncertified
-        self._model = ModelIdentity.of(model_dir)
+        self._model = ModelIdentity.of(model_dir, memo)
 
     def names(self) -> list[str]:
         """Of the folders in it, sorted; those that start with a dot are none. Raises PlanError when two names
@@ -98,18 +130,17 @@ class Registry:
         folder = self.folder / name
         if not (folder / PLAN).is_file():
             raise PlanError(f"scenario {name!r}: no {PLAN} in its folder; `moe-experts plan` makes one")
-        if (folder / RECOVERY).exists():
-            raise PlanError(
-                f"scenario {name!r}: its {RECOVERY} would not be applied by this version; plan without it"
-            )
         try:
             plan = PlanFile.load(folder / PLAN)
             _check_owner(name, plan.scenario)
-            policy = _read_policy(folder / POLICY)
+            policy = read_policy(folder / POLICY)
             found = Certificate.load(folder / CERTIFICATE) if (folder / CERTIFICATE).exists() else None
         except PlanError as error:
             raise PlanError(f"scenario {name!r}: {error}") from error
         objections = self._objections(plan, found)
+        recovery, unused = _read_recovery(folder / RECOVERY, plan, found)
+        if recovery is None and found is not None and found.applied_recovery is not None:
+            objections.append(f"its certificate holds with a recovery alone, and {unused}")
         if objections and not self._allow_uncertified:
             raise PlanError(
                 f"scenario {name!r} is refused: {'; '.join(objections)}. Run `moe-experts evaluate` for this "
@@ -124,6 +155,8 @@ class Registry:
             policy,
             found,
             tuple(objections),
+            recovery,
+            unused,
         )
 
     def _objections(self, plan: PlanFile, certificate: Certificate | None) -> list[str]:
@@ -153,7 +186,8 @@ def _check_owner(name: str, scenario: Any) -> None:
         raise PlanError(f"its {PLAN} was made for scenario {scenario!r}; the folder must have that name")
 
 
-def _read_policy(path: Path) -> DriftPolicy | None:
+def read_policy(path: Path) -> DriftPolicy | None:
+    """None where there is no such file. Raises PlanError for one that says something else."""
     if not path.exists():
         return None
     try:
@@ -163,3 +197,23 @@ def _read_policy(path: Path) -> DriftPolicy | None:
     if not isinstance(value, Mapping) or value.keys() != {"threshold", "action"}:
         raise PlanError(f'{POLICY} must be {{"threshold": 0.3, "action": "flag"}} or the like')
     return DriftPolicy(value["threshold"], value["action"])
+
+
+def _read_recovery(
+    path: Path, plan: PlanFile, certificate: Certificate | None
+) -> tuple[RecoveryFile | None, str]:
+    """The file, if it is the one that the certificate's numbers hold with; else why it is not applied, empty
+    where nobody expects one.
+    """
+    wanted = None if certificate is None else certificate.applied_recovery
+    if wanted is None and not path.exists():
+        return None, ""
+    try:
+        file = RecoveryFile.load(path, plan)
+    except PlanError as error:
+        return None, str(error)
+    if file.digest == wanted:
+        return file, ""
+    if certificate is not None and certificate.tried_in_vain(file.digest):
+        return None, f"{path.name}: its evaluation found that it does not help, or another one more"
+    return None, f"{path.name} is not what was evaluated; run `moe-experts evaluate --recovery`"

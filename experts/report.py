@@ -160,17 +160,42 @@ def _evaluation(body: Mapping[str, Any], plan: _Plan, file: str) -> dict[str, An
             name: {mask: _divergence(found) for mask, found in masks.items()}
             for name, masks in body["baselines"].items()
         },
+        "recovery": _recovery(body.get("recovery")),
         "limits": {name: float(value) for name, value in body["limits"].items()},
         "passed": bool(body["passed"]),
         "reasons": [str(reason) for reason in body["reasons"]],
     }
 
 
-def _divergence(found: Mapping[str, Any]) -> dict[str, Any]:
-    intervals = {
-        name: {part: float(found[name][part]) for part in ("value", "low", "high")} for name in NUMBERS
+def _recovery(told: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What was tried to make up for missing experts; None where nothing was, as in older evaluations."""
+    if told is None:
+        return None
+    sets = {
+        name: {
+            variant: {
+                "divergence": _divergence(found["divergence"]),
+                "change": None if "change" not in found else _interval(found["change"]),
+                "answers": None if found["answers"] is None else dict(found["answers"]),
+            }
+            for variant, found in variants.items()
+        }
+        for name, variants in told["sets"].items()
     }
+    tried = {
+        each["kind"]: {"digest": each["digest"], "bytes": int(each["bytes"]), "helps": bool(each["helps"])}
+        for each in told["tried"]
+    }
+    return {"applied": told["applied"], "tried": tried, "sets": sets}
+
+
+def _divergence(found: Mapping[str, Any]) -> dict[str, Any]:
+    intervals = {name: _interval(found[name]) for name in NUMBERS}
     return {**intervals, "tokens": int(found["tokens"]), "documents": int(found["documents"])}
+
+
+def _interval(found: Mapping[str, Any]) -> dict[str, float]:
+    return {part: float(found[part]) for part in ("value", "low", "high")}
 
 
 def _plan_row(

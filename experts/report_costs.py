@@ -49,8 +49,10 @@ def pareto(body: Body, colours: Mapping[str, str]) -> str:
         limits = sorted({*_limits(body)})
         for limit in limits:
             axes.axhline(limit, color=BAD, lw=1.5, ls=(0, (5, 3)), zorder=1)
+        if limits:  # told together: lines are often too close for a label each
+            told = " and ".join(f"{limit:g}" for limit in limits)
             axes.annotate(
-                f"limit: {limit:g} nats", (1.0, limit), (0, 4), axes.get_yaxis_transform(), "offset points",
+                f"limit: {told} nats", (1.0, limits[-1]), (0, 4), axes.get_yaxis_transform(), "offset points",
                 color=BAD, ha="right", va="bottom", fontsize=11,
             )  # fmt: skip
         highest = max([highest, *limits])

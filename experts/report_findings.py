@@ -67,7 +67,7 @@ def findings(body: Body) -> dict[str, list[str]]:
     if body["plans"]:
         told |= {"keep_map": _keep_map(body), "overlap": _overlap(body), "pareto": _pareto(body)}
     if body["evaluations"]:
-        told |= {"blast": _blast(body), "baselines": _baselines(body)}
+        told |= {"blast": _blast(body), "baselines": _baselines(body), "recovery": _recovery(body)}
     if body["serving"] is not None:
         told["serving"] = _serving(body["serving"]["rows"])
     return {name: sentences for name, sentences in told.items() if sentences}
@@ -179,6 +179,24 @@ def _baselines(body: Body) -> list[str]:
         rest = f"; lower still: {', '.join(better)}" if better else "; no other score does better"
         where = name if name == row["label"] else f"{row['label']} on {name}"
         told.append(f"{where}: {kl_text(own)} nats against {random}{rest}.")
+    return told
+
+
+def _recovery(body: Body) -> list[str]:
+    told = []
+    for row in (row for row in body["evaluations"] if row["recovery"] is not None):
+        found, parts = row["recovery"], []
+        for kind in found["tried"]:
+            shares = [
+                sets[kind]["change"]["value"] / max(sets["alone"]["divergence"]["kl_mean"]["value"], 1e-12)
+                for sets in found["sets"].values()
+            ]
+            parts.append(f"{kind} {max(shares):+.0%}")
+        applied = found["applied"]
+        told.append(
+            f"{row['label']}: mean KL changes by {', '.join(parts)}; "
+            + ("none is applied." if applied is None else f"{applied} is applied.")
+        )
     return told
 
 

@@ -29,10 +29,13 @@ def set_names(body: Body) -> list[str]:
 
 
 def baseline_panels(body: Body) -> list[tuple[Body, str, Mapping[str, Any]]]:
-    """Every evaluation's baselines by test set: evaluation, set's name, masks with the plan among them."""
+    """Every evaluation's baselines by test set: evaluation, set's name, masks with the plan among them, which
+    is without a recovery, as they are.
+    """
     panels: list[tuple[Body, str, Mapping[str, Any]]] = []
     for row in body["evaluations"]:
         sets = {found["name"]: found for found in row["sets"]}
         for name, masks in row["baselines"].items():
-            panels.append((row, name, {"this plan": sets[name]["divergence"], **masks}))
+            own = sets[name] if row["recovery"] is None else row["recovery"]["sets"][name]["alone"]
+            panels.append((row, name, {"this plan": own["divergence"], **masks}))
     return panels

@@ -84,6 +84,7 @@ def _card(plan: Body, body: Body, colour: str) -> str:
     for row in (row for row in body["evaluations"] if row["plan"] == plan["label"]):
         for found in (found for found in row["sets"] if found["in_scenario"]):
             lines += _measured(found, row["limits"])
+        lines += _recovered(row["recovery"])
     lines.append("</dl>")
     if plan["reasons"]:
         reasons = "".join(f"<li>{escape(reason)}</li>" for reason in plan["reasons"])
@@ -101,6 +102,14 @@ def _measured(found: Body, limits: Mapping[str, float]) -> list[str]:
         lines += _pair("right answers", f"{match['full']:.1%} → {match['masked']:.1%}")
     lines += _pair("test documents", f"{divergence['documents']:,} of {found['name']}")
     return lines
+
+
+def _recovered(told: Body | None) -> list[str]:
+    """What the card's numbers hold with."""
+    if told is None or told["applied"] is None:
+        return []
+    added = readable_bytes(told["tried"][told["applied"]]["bytes"])
+    return _pair("with recovery", f"{told['applied']}, {added}")
 
 
 def _pair(name: str, value: str) -> list[str]:

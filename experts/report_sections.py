@@ -15,6 +15,7 @@ from moe_runtime.experts.report_tables import (
     importance_table,
     overlap_table,
     plan_table,
+    recovery_table,
     serving_table,
     sets_table,
 )
@@ -138,6 +139,21 @@ def _evaluated(body: Body, files: Sequence[str]) -> list[Section]:
                 "cuts are hollow. The plan should lie far left of them, and no score clearly left of it.",
                 True,
                 baseline_table(body),
+                files,
+            )
+        )
+    recovered = recovery_table(body)
+    if recovered.rows:
+        found.append(
+            Section(
+                "recovery",
+                "Does it help to make up for missing experts?",
+                "The same plan on the same texts, alone and with a few numbers more: a constant in the place "
+                "of every missing expert, or offsets of the router's logits. One is applied only where the "
+                "change of mean KL is below 0 with its whole interval; it is told by paired documents, far "
+                "sharper than the intervals of the two means. All other tables hold with what is applied.",
+                False,
+                recovered,
                 files,
             )
         )

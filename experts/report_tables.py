@@ -180,6 +180,44 @@ def answers_table(body: Body) -> Table:
     return Table(columns, [False, False, *[True] * 7], rows)
 
 
+def recovery_table(body: Body) -> Table:
+    """The plan alone and with each recovery, on its own test sets."""
+    rows = []
+    for row in body["evaluations"]:
+        told = row["recovery"] or {"sets": {}}
+        for name, variants in told["sets"].items():
+            for variant, found in variants.items():
+                divergence, change = found["divergence"], found["change"]
+                tried = told["tried"].get(variant)
+                match = (found["answers"] or {}).get("exact_match")
+                applied = variant == (told["applied"] or "alone")
+                rows.append(
+                    [
+                        row["label"],
+                        name,
+                        {"constants": "with constants", "router": "with router correction"}.get(
+                            variant, "the plan alone"
+                        ),
+                        interval(divergence["kl_mean"]),
+                        NO_VALUE if change is None else change_text(change),
+                        kl_text(divergence["kl_p99"]["value"]),
+                        f"{match['full']:.1%} → {match['masked']:.1%}" if match else NO_VALUE,
+                        NO_VALUE if tried is None else readable_bytes(tried["bytes"]),
+                        "applied" if applied else "does not help" if tried and not tried["helps"] else "no",
+                    ]
+                )
+    columns = [
+        "plan", "test set", "variant", "mean KL (95 %)", "change (95 %)", "p99 KL", "right", "extra bytes",
+        "applied",
+    ]  # fmt: skip
+    return Table(columns, [False, False, False, *[True] * 5, False], rows)
+
+
+def change_text(found: Mapping[str, float]) -> str:
+    """``-0.0082 (-0.0100 to -0.0067)``, in nats."""
+    return f"{found['value']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
+
+
 def serving_table(body: Body) -> Table:
     rows = body["serving"]["rows"]
     streams = sorted({int(each) for row in rows for each in row["tokens_per_s"]})

@@ -19,6 +19,8 @@ import torch
 
 from moe_runtime.errors import ConfigError
 from moe_runtime.kernels.triton.tiles import (
+    FEW_TOKENS,
+    SMALL_PAIRS,
     TUNED_SIZES,
     Choice,
     Tile,
@@ -105,7 +107,9 @@ def _choices(packed: Packed, size: int) -> list[Choice]:
     if isinstance(packed, DeviceLinear) and size <= SPLIT_ROWS:
         padded = padded_k(kind, packed.in_features)
         splits += [True] if linear_segments(packed.out_features, padded, kind) > 1 else []
-    return [(tile, split) for tile in candidates(kind, size) for split in splits]
+    few = isinstance(packed, DeviceExperts) and size <= SMALL_PAIRS
+    tiles = [tile for tile in candidates(kind, size) if not few or tile.tokens <= FEW_TOKENS]
+    return [(tile, split) for tile in tiles for split in splits]
 
 
 # --- measuring ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ This file knows neither argparse nor torch.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from moe_runtime.errors import ConfigError
 DEFAULT_CACHE_BYTES = 1 << 30
 PARTS: tuple[Literal["experts", "attention", "lm_head"], ...] = ("experts", "attention", "lm_head")
 KINDS = ("none", "int8", "int4")
+DEVICE_NAME = re.compile("auto|cpu|cuda(:[0-9]{1,3})?")
 
 
 def option(default: Any, help: str, *, unit: Literal["", "bytes"] = "") -> Any:
@@ -44,10 +46,11 @@ class EngineConfig:
         "auto", "type of cached keys and values (auto: bfloat16 for bfloat16 weights, else float32)"
     )
     prefix_caching: bool = option(True, "reuse the cache blocks of equal prompt beginnings")
-    device: Literal["auto", "cpu", "cuda"] = option(
+    device: str = option(
         "cpu",
-        "where to compute; cuda is an NVIDIA or AMD GPU, auto takes one if there is one. The kernels for it "
-        "are compiled and tested without a GPU so far",
+        "where to compute: cpu, cuda, cuda:N or auto. cuda is the first NVIDIA or AMD GPU, cuda:N one of "
+        "several, counted from 0 as CUDA_VISIBLE_DEVICES shows them, auto takes the first one if there is "
+        "one. The kernels for it are compiled and tested without a GPU so far",
     )
     backend: Literal["auto", "cpu", "reference", "triton"] = option(
         "auto", "kernels to compute with; reference is literal torch, slow; triton is what auto is on a GPU"
@@ -115,17 +118,22 @@ class EngineConfig:
 
 def check_device(config: EngineConfig) -> None:
     """Refuse what cannot be computed together."""
-    if config.device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device {config.device!r}: must be auto, cpu or cuda")
+    check_device_name(config.device)
     if config.device == "cpu" and config.backend != "triton" and config.device_bytes is not None:
         raise ConfigError("--device-bytes with --device cpu: there is no GPU to divide; use --device cuda")
     if config.device == "cpu" and config.autotune_dir is not None:
         raise ConfigError("--autotune-dir with --device cpu: there is no GPU to measure; use --device cuda")
-    if config.device == "cuda" and config.backend in ("cpu", "reference"):
+    if config.device.startswith("cuda") and config.backend in ("cpu", "reference"):
         raise ConfigError(
-            f"--device cuda with --backend {config.backend}, which computes on the CPU: "
+            f"--device {config.device} with --backend {config.backend}, which computes on the CPU: "
             "use --backend auto, or --device cpu"
         )
+
+
+def check_device_name(name: str) -> None:
+    """Raise ConfigError for what is no name of a device, here or on any machine."""
+    if DEVICE_NAME.fullmatch(name) is None:
+        raise ConfigError(f"--device {name!r}: must be auto, cpu, cuda, or cuda:N with the number of a GPU")
 
 
 def quantized_parts(text: str) -> Mapping[Literal["experts", "attention", "lm_head"], str]:

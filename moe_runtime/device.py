@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_runtime.config import check_device_name
 from moe_runtime.errors import ConfigError, DeviceLost
 from moe_runtime.kernels import triton_is_interpreted
 
@@ -38,24 +39,31 @@ class _Unusable(Exception):
 def choose_device(name: str, backend: str = "auto") -> DeviceChoice:
     """The device for ``--device name`` and ``--backend backend``.
 
-    "auto" takes the first GPU that the kernels run on, else the CPU. Raises ConfigError for "cuda" (which is
-    also the name of AMD's GPUs) where there is none, and for another name.
+    "auto" takes the first GPU if the kernels run on it, else the CPU; "cuda" (also the name of AMD's GPUs) is
+    the first one, "cuda:1" the second. Raises ConfigError where there is none, and for another name.
     """
-    if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device {name!r}: must be auto, cpu or cuda")
+    check_device_name(name)
     if name == "cpu":
         return DeviceChoice(CPU, "computing on the CPU, as --device cpu says")
     if name == "auto" and backend in CPU_BACKENDS:
         return DeviceChoice(CPU, f"computing on the CPU: --backend {backend} runs nowhere else")
     try:
-        device, what = _find_gpu()
+        device, what = _find_gpu(int(name.partition(":")[2] or 0))
     except _Unusable as reason:
         if backend == "triton" and not triton_is_interpreted():
             raise ConfigError(f"--backend triton: {reason}, or use --backend auto --device cpu") from reason
-        if name == "cuda":
-            raise ConfigError(f"--device cuda: {reason}, or use --device cpu") from reason
+        if name != "auto":
+            raise ConfigError(f"--device {name}: {reason}, or use --device cpu") from reason
         return DeviceChoice(CPU, f"computing on the CPU: {reason} to use a GPU")
     return DeviceChoice(device, f"computing on {device}, {what}")
+
+
+def use(device: torch.device) -> None:
+    """From now on this thread computes on ``device``: kernels are launched, memory is pinned and graphs are
+    captured for the thread's current GPU, wherever their tensors are.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 @contextlib.contextmanager
@@ -85,13 +93,15 @@ def free_bytes(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def told_when_lost(device: torch.device) -> Iterator[None]:
-    """Around a step: DeviceLost instead of an error after which the device computes nothing more.
+    """Around a step: this thread, which need not be the one that loaded the model, computes on ``device``;
+    DeviceLost instead of an error after which that computes nothing more.
 
     Most errors of a driver are of that kind: they belong to the process, and every later call repeats them.
     Any other error passes, so that it fails its batch alone. Nothing that was computed before is wrong: no
     token is read without waiting for the device, which raises.
     """
     try:
+        use(device)
         yield
     except RuntimeError as error:
         if device.type == "cpu" or isinstance(error, torch.OutOfMemoryError):
@@ -112,17 +122,22 @@ def _is_drivers(error: RuntimeError) -> bool:
     return isinstance(error, torch.AcceleratorError) or str(error).startswith(told)
 
 
-def _find_gpu() -> tuple[torch.device, str]:
-    """The first GPU and what it is. Raises _Unusable."""
+def _find_gpu(index: int) -> tuple[torch.device, str]:
+    """A GPU and what it is. Raises _Unusable."""
     if triton_is_interpreted():
         raise _Unusable("TRITON_INTERPRET=1 is set, with which kernels run on the CPU; unset it")
-    device = torch.device("cuda", 0)
     try:
         with warnings.catch_warnings(record=True) as said:  # an old driver is a warning and no GPU
             warnings.simplefilter("always")
             found = torch.cuda.is_available()
         if not found:
             raise _Unusable(_why_none([str(warning.message) for warning in said]))
+        if index >= (count := torch.cuda.device_count()):
+            there = "is 1 GPU, cuda:0" if count == 1 else f"are {count} GPUs, cuda:0 to cuda:{count - 1}"
+            raise _Unusable(
+                f"there {there} (CUDA_VISIBLE_DEVICES decides which are seen); choose one of them"
+            )
+        device = torch.device("cuda", index)
         gpu_name = torch.cuda.get_device_name(device)
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip is None and capability < LEAST_CAPABILITY:
@@ -132,7 +147,7 @@ def _find_gpu() -> tuple[torch.device, str]:
             )
         torch.zeros(1, device=device)  # a driver that lists a GPU may still not be able to use it
     except (RuntimeError, AssertionError, OSError) as error:
-        told = f"the driver refused {device}: {_first_line(error)}; look at nvidia-smi or rocm-smi"
+        told = f"the driver refused cuda:{index}: {_first_line(error)}; look at nvidia-smi or rocm-smi"
         raise _Unusable(told) from error
     try:
         importlib.import_module("triton")

@@ -18,6 +18,7 @@ from moe_runtime.engine_load import load_parts
 from moe_runtime.engine_setup import CacheSize, end_ids, plan_cache
 from moe_runtime.errors import RequestError, RequestFailed
 from moe_runtime.generation import Generation, Sampled, sample_on_host, token_ids_of
+from moe_runtime.ghost_router import GhostRouter
 from moe_runtime.graphs import choose_steps
 from moe_runtime.kernels import RouteMeter
 from moe_runtime.kv_cache import BlockPool
@@ -99,22 +100,19 @@ class Engine:
         placement: Placement | None = None,
         hotness: Hotness | None = None,
         live: bool = False,
+        ghosts: GhostRouter | None = None,
     ) -> "Engine":
         """Read everything a model folder holds. Raises CheckpointError, ConfigError or PlanError.
 
         ``placement``: where experts are to be, and which are left out; None for all of them where the rest
         computes. ``hotness`` says which ones stay on a GPU that cannot hold all. See expert_room.py. With
-        ``live`` they can come and go later, by the attribute ``live``.
+        ``live`` they can come and go later, by the attribute ``live``. With ``ghosts`` the model is the one
+        that an exported checkpoint was cut from: place what is there, and let requests name its mask.
         """
-        parts = load_parts(model_dir, config, placement, hotness, live=live)
-        told: dict[str, Any] = {
-            "chat": parts.chat,
-            "params": parts.params,
-            "chooser": parts.chooser,
-            "sampler": parts.sampler,
-        }
+        parts = load_parts(model_dir, config, placement, hotness, live=live, ghosts=ghosts)
+        told = ("chat", "params", "chooser", "sampler", "live")
         with told_as_config_errors(parts.model.device):
-            return cls(parts.model, parts.tokenizer, config, live=parts.live, **told)
+            return cls(parts.model, parts.tokenizer, config, **{name: getattr(parts, name) for name in told})
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError or ContextLengthExceeded for a request that must not be admitted."""

@@ -12,9 +12,10 @@ from moe_runtime import kernels, loader
 from moe_runtime.autotune import autotune
 from moe_runtime.chat import ChatTemplate
 from moe_runtime.config import EngineConfig
-from moe_runtime.device import choose_device, told_as_config_errors
+from moe_runtime.device import choose_device, told_as_config_errors, use
 from moe_runtime.engine_setup import check_vocabulary, default_params
 from moe_runtime.expert_room import ExpertRoom, describe
+from moe_runtime.ghost_router import GhostRouter
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.live_experts import LiveExperts
 from moe_runtime.packed_store import PackedStore
@@ -50,11 +51,14 @@ def load_parts(
     hotness: Hotness | None,
     *,
     live: bool = False,
+    ghosts: GhostRouter | None = None,
 ) -> Parts:
     """``live``: experts can come and go; then no packed file is mapped, which would hold what has gone.
-    Raises CheckpointError, ConfigError or PlanError.
+    ``ghosts``: read an exported checkpoint as the model that it was cut from, see ghost_router.py. Raises
+    CheckpointError, ConfigError or PlanError.
 
-    On the cpu backend torch is left with one thread: ours do the work, torch's would spin beside them.
+    On the cpu backend torch is left with one thread: ours do the work, torch's would spin beside them. A GPU
+    is left as the one that the calling thread computes on.
     """
     tokenizer = Tokenizer.load(model_dir)
     # Before the weights: they take minutes. Their dtype does not matter here.
@@ -67,13 +71,15 @@ def load_parts(
         torch.set_num_threads(config.threads)
     place = choose_device(config.device, config.backend)
     LOGGER.info(place.reason)
+    use(place.device)
     chosen, recipe = kernels.choose(config.backend, device=place.device), Recipe.of(config)
     if config.quantize_statistics is not None:
         recipe = replace(recipe, moments=load_moments(config.quantize_statistics, model_dir))
-    room = ExpertRoom(config, placement, hotness)
+    room = ExpertRoom(config, placement, hotness, ghosts)
     store = None
     if config.packed_file and chosen.backend == "cpu" and not live:
-        store = PackedStore(model_dir, recipe, config.packed_dir, config.packed_verify, room.kept)
+        beside = None if ghosts is None else ghosts.path
+        store = PackedStore(model_dir, recipe, config.packed_dir, config.packed_verify, room.kept, beside)
     gate = Gate.choose(config.max_quant_kl, recipe, model_config, model_dir, tokenizer)
     with told_as_config_errors(chosen.device):
         model = loader.load_model(model_dir, chosen, recipe, store, gate, room)
@@ -84,3 +90,17 @@ def load_parts(
         torch.set_num_threads(1)
     LOGGER.info(describe(model))
     return Parts(model, tokenizer, chat, params, chosen.choose_token, chosen.sample_rows, growing)
+
+
+def outline(
+    model_dir: Path, placement: Placement | None = None, ghosts: GhostRouter | None = None
+) -> Decoder:
+    """The model without a weight, its experts placed as ``load_parts`` would on the CPU: for who must know
+    what fits before minutes are spent on loading. Raises CheckpointError, PlanError.
+    """
+    reference = kernels.choose("reference")
+    architecture, config = loader.read_model_config(model_dir, "float32", ghosts)  # whatever the dtype is
+    model = architecture.build(config, reference)
+    if placement is not None:
+        ExpertRoom(EngineConfig(), placement).place(model, reference, Recipe(), list)
+    return model

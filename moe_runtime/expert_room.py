@@ -13,6 +13,7 @@ from moe_runtime.config import EngineConfig
 from moe_runtime.device import free_bytes
 from moe_runtime.engine_setup import plan_cache
 from moe_runtime.errors import ConfigError, PlanError
+from moe_runtime.ghost_router import GhostRouter
 from moe_runtime.kernels import Kernels, WeightFormat, choose
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.layers.experts import TieredExperts
@@ -41,12 +42,13 @@ class Stored(Protocol):
 class ExpertRoom:
     """Places the experts of a model as ``wanted`` says (None: all of them where the kernels compute), as far
     as there is room. What a GPU cannot hold goes to the host, the coldest by ``hotness`` first, unless
-    --require-placement forbids it.
+    --require-placement forbids it. ``ghosts``: the checkpoint is read as the model that it was cut from.
     """
 
     config: EngineConfig
     wanted: Placement | None = None
     hotness: Hotness | None = None
+    ghosts: GhostRouter | None = None
 
     @property
     def kept(self) -> ExpertMask | None:
@@ -73,6 +75,10 @@ class ExpertRoom:
             placement = self._fitted(placement, model, kernels, _sizes(model, kernels, recipe, stored()))
         else:
             placement = _in_one_memory(placement)
+            if self.hotness is not None:
+                LOGGER.warning(
+                    "the experts' statistics are not used: without a GPU there is nothing to divide"
+                )
         if placement.count("host") or placement.count("absent"):
             _place(model, kernels, placement)
 
@@ -96,6 +102,9 @@ class ExpertRoom:
                 "--require-placement out to have them computed on the CPU"
             )
         LOGGER.warning("%s and are computed on the CPU, more slowly; --require-placement refuses this", told)
+        if self.hotness is not None:
+            share = _share_of_choices(placement, self.hotness)
+            LOGGER.info("those that stay have %.1f %% of the choices that were counted", 100 * share)
         return placement
 
     def _room(self, model: Decoder, device: torch.device, sizes: _Sizes) -> int | None:
@@ -151,6 +160,17 @@ def _sizes(model: Decoder, kernels: Kernels, recipe: Recipe, stored: Sequence[St
 
 def _device_bytes(placement: Placement, sizes: _Sizes) -> int:
     return sum(layer.count("device") * sizes.expert_bytes[layer.layer] for layer in placement.layers)
+
+
+def _share_of_choices(placement: Placement, hotness: Hotness) -> float:
+    """Of all choices of resident experts, those of experts on the device; 0 where none was counted."""
+
+    def choices(*tiers: Tier) -> float:
+        return sum(
+            hotness[layer.layer][expert] for layer in placement.layers for expert in layer.experts(*tiers)
+        )
+
+    return choices("device") / max(choices("device", "host"), 1.0)
 
 
 def _in_one_memory(placement: Placement) -> Placement:

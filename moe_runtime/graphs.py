@@ -83,7 +83,8 @@ class Shape:
 
 class DecodeGraphs:
     """Belongs to one thread at a time. Graphs are captured when they are first needed, those of the narrowest
-    block tables by ``prepare``. Weights, masks and cache may change where they lie, and must not move.
+    block tables by ``prepare``. Weights, masks and cache may change where they lie, and must not move; what
+    the model counts as ``moves`` may, and each graph is captured anew when it is needed next.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class DecodeGraphs:
         self._sizes = tuple(batch_sizes(min(max_batch, LARGEST_BATCH)))
         self._widths = tuple(table_widths(max_blocks, block_size))
         self._replays: dict[Shape, Callable[[], None] | None] = {}  # None: could not be captured
+        self._made: dict[Shape, int] = {}  # the model's moves at that time
         self._possible = True
         device, most = model.device, self._sizes[-1]
         largest = Batch.of_nobody(most, self._widths[-1]).staged(pinned=False)
@@ -141,7 +143,7 @@ class DecodeGraphs:
         return None if tokens is None or width is None else Shape(tokens, width, metered)
 
     def _captured(self, shape: Shape) -> Callable[[], None] | None:
-        if shape not in self._replays:
+        if self._made.get(shape) != self._model.moves:
             before = self._recorder.free_bytes()
             self._replays[shape] = self._capture(shape)
             if self._replays[shape] is not None:
@@ -154,6 +156,7 @@ class DecodeGraphs:
 
     def _capture(self, shape: Shape) -> Callable[[], None] | None:
         """None, and the reason in the log, when the device cannot. Raises RuntimeError if it is lost."""
+        self._made[shape] = self._model.moves
         if not self._possible:
             return None
         nobody = Batch.of_nobody(shape.tokens, shape.blocks)

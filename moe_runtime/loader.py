@@ -17,6 +17,7 @@ import moe_runtime._C as _C
 from moe_runtime.checkpoint import Checkpoint, TensorEntry
 from moe_runtime.errors import CheckpointError
 from moe_runtime.expert_room import ExpertRoom
+from moe_runtime.ghost_router import GhostRouter
 from moe_runtime.hf_config import Fields, read_json
 from moe_runtime.kernels import Kernels, choose
 from moe_runtime.layers.decoder import Decoder
@@ -76,8 +77,10 @@ def load_model(
 
 def _pack(model_dir: Path, kernels: Kernels, recipe: Recipe, room: ExpertRoom | None) -> Decoder:
     """The model from its checkpoint."""
-    checkpoint = Checkpoint(model_dir)
-    architecture, config = read_model_config(model_dir, checkpoint.common_dtype())
+    checkpoint, ghosts = Checkpoint(model_dir), None if room is None else room.ghosts
+    architecture, config = read_model_config(model_dir, checkpoint.common_dtype(), ghosts)
+    if ghosts is not None:
+        ghosts.apply(checkpoint, architecture.NAMES)
     model = architecture.build(config, kernels)
     if room is not None:
         room.place(model, kernels, recipe, lambda: find_weights(model, checkpoint, recipe))
@@ -91,7 +94,8 @@ def _restore(
 ) -> Decoder | None:
     """The model from its packed file, if it fits."""
     try:
-        architecture, config = read_model_config(model_dir, stored_dtype(packed))
+        ghosts = None if room is None else room.ghosts
+        architecture, config = read_model_config(model_dir, stored_dtype(packed), ghosts)
         model = architecture.build(config, kernels)
         if room is not None:
             room.place(model, kernels, store.recipe, list)  # the CPU's kernels have no sizes to ask for
@@ -117,9 +121,14 @@ def require_model_folder(model_dir: Path) -> None:
         _check_auto_map(read_json(path).get("auto_map"), frozenset(), path.name)
 
 
-def read_model_config(model_dir: Path, default_dtype: str | None) -> tuple[Architecture, ModelConfig]:
-    """The architecture and its checked config; ``default_dtype`` serves configs that do not name one."""
+def read_model_config(
+    model_dir: Path, default_dtype: str | None, ghosts: GhostRouter | None = None
+) -> tuple[Architecture, ModelConfig]:
+    """The architecture and its checked config; ``default_dtype`` serves configs that do not name one. With
+    ``ghosts``, of the uncut model.
+    """
     values = read_json(model_dir / CONFIG_FILE)
+    values = values if ghosts is None else ghosts.uncut(values)
     if values.get("dtype") is None and values.get("torch_dtype") is None:
         values["dtype"] = default_dtype
     architecture = find_architecture(values.get("model_type"), values.get("architectures"))

@@ -51,11 +51,18 @@ class LostMass:
             first += len(chunk.token_ids)
             if chunk.mask_row < 0:
                 continue
+            sequence = sequences[chunk.sequence_id]
+            follows = sequence.num_measured == chunk.start >= sequence.num_prompt
+            if follows and len(chunk.token_ids) == 1:  # a decode step has many of these: no arrays for them
+                block, offset = divmod(chunk.start, self._by_slot.shape[1])
+                self._by_slot[chunk.blocks[block], offset] = new[0]
+                sequence.lost_sum += float(new[0])
+                sequence.num_measured = chunk.end
+                continue
             positions = np.arange(chunk.start, chunk.end)
             blocks, size = np.array(chunk.blocks), self._by_slot.shape[1]
             self._by_slot[blocks[positions // size], positions % size] = new
-            sequence = sequences[chunk.sequence_id]
-            if chunk.start >= sequence.num_prompt and sequence.num_measured == chunk.start:
+            if follows:
                 sequence.lost_sum += float(new.sum(dtype=np.float64))
             else:
                 known = self._by_slot[blocks].ravel()[: chunk.end]

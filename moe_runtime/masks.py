@@ -14,6 +14,8 @@ from moe_runtime.drift_policy import Action, DriftPolicy
 from moe_runtime.errors import ModelNotFound, PlanError
 from moe_runtime.layers.moe import MAX_MASKS
 from moe_runtime.plan import ExpertMask
+from moe_runtime.recovery import Recovery
+from moe_runtime.recovery_rows import RecoveryRows
 from moe_runtime.sequence import Sequence
 
 NO_MASK = -1
@@ -47,6 +49,7 @@ class MaskTable:
         self._masks: dict[str, tuple[Granted, ExpertMask]] = {}
         self._users: Counter[int] = Counter()
         self._policies: dict[int, tuple[str, DriftPolicy]] = {}  # by row; scenario and policy
+        self._recoveries = RecoveryRows(model)
         self._free = list(reversed(range(MAX_MASKS)))
         self._leaving: set[int] = set()
 
@@ -54,10 +57,17 @@ class MaskTable:
     def scenarios(self) -> Mapping[str, ExpertMask]:
         return {name: mask for name, (_, mask) in self._masks.items()}
 
-    def add(self, name: str, mask: ExpertMask, policy: DriftPolicy | None = None) -> None:
+    def add(
+        self,
+        name: str,
+        mask: ExpertMask,
+        policy: DriftPolicy | None = None,
+        recovery: Recovery | None = None,
+    ) -> None:
         """Let requests name this scenario. Raises PlanError for a name in use, a mask of another model, one
         that keeps fewer experts than a token takes or some that are not in memory, a policy that could never
-        act, or when all rows are taken.
+        act, a recovery of another mask or model, or when all rows are taken. What the scenario lacks is made
+        up for as ``recovery`` says.
         """
         if name in self._masks:
             raise PlanError(f"two scenarios are called {name!r}; rename one")
@@ -81,13 +91,19 @@ class MaskTable:
         self.absent.check_mask(name, mask)
         if policy is not None:
             self._check_policy(name, policy)
-        row = self._free.pop()
+        salt = mask.digest
+        row = self._free[-1]
+        if recovery is not None:
+            self._recoveries.check(name, mask, recovery)
+            self._recoveries.write(name, row, mask, recovery)
+            salt = f"{salt} {recovery.digest}"
+        self._free.pop()
         for layer in mask.layers:
             mixture = self._mixtures[layer.layer]
             allowed = torch.zeros(layer.num_experts, dtype=torch.uint8)
             allowed[list(layer.kept)] = 1
             mixture.masks[row].copy_(allowed)
-        self._masks[name] = (Granted(row, f"{mask.digest}\n"), mask)
+        self._masks[name] = (Granted(row, f"{salt}\n"), mask)
         if policy is not None:
             self._policies[row] = (name, policy)
 
@@ -161,6 +177,7 @@ class MaskTable:
         if row in self._leaving and not self._users[row]:
             self._leaving.discard(row)
             self._policies.pop(row, None)
+            self._recoveries.clear(row)
             self._free.append(row)
 
 

@@ -4,6 +4,7 @@ whole or not at all.
 
 import errno
 import fcntl
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -12,8 +13,18 @@ from pathlib import Path
 
 from moe_runtime.packed_file import PackedFileError, check_owner
 
+FOLDER = ".moe_packed"  # in the model folder
 SPARE_BYTES = 256 << 20  # left free on the disk
 ATTEMPTS = 10
+
+
+def packed_path(model_dir: Path, folder: Path | None, name: str) -> Path:
+    """Where the file ``name`` of a model goes: beside the model, or into a ``folder`` that models share."""
+    if folder is None:
+        return model_dir / FOLDER / name
+    home = model_dir.resolve()
+    place = hashlib.sha256(os.fsencode(home)).hexdigest()[:8]
+    return folder / f"{home.name}-{place}-{name}"
 
 
 @contextmanager

@@ -18,18 +18,22 @@ from moe_runtime.quant.rounding import ROUNDING_VERSION
 
 WEIGHT_FILES = "weight files"
 EXPERTS = "set of experts"  # absent where it is all of them
+GHOSTS = "ghost router"  # absent where there is none
 # Training changes a weight file all over, so a few pieces tell a fine-tune of equal shape and time (unpacked
 # from an archive, say) from its base, at a cost that does not grow with the file.
 SAMPLE_BYTES = 64 << 10
 SAMPLES = 8
 
 
-def identify(model_dir: Path, recipe: Recipe, kept: ExpertMask | None = None) -> dict[str, Any]:
-    """The identity as plain JSON; of some of the experts, if ``kept`` is given. Raises OSError,
-    CheckpointError.
+def identify(
+    model_dir: Path, recipe: Recipe, kept: ExpertMask | None = None, ghosts: Path | None = None
+) -> dict[str, Any]:
+    """The identity as plain JSON; of some of the experts, if ``kept`` is given; with the weight file
+    ``ghosts`` beside the checkpoint's. Raises OSError, CheckpointError.
     """
     return {
         **({} if kept is None else {EXPERTS: kept.digest}),
+        **({} if ghosts is None else {GHOSTS: _weight_file(ghosts)}),
         "version of the conversion": CONVERSION_VERSION,
         "version of the rounding": ROUNDING_VERSION,
         "recipe": recipe.describe(),

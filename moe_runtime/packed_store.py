@@ -7,7 +7,6 @@ says why, and a new one takes its place. Without a place to write, weights stay 
 Beside it lies, under the same conditions, a small JSON file: what quantising was found to cost.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -31,13 +30,12 @@ from moe_runtime.packed_file import (
     open_owned,
     write,
 )
-from moe_runtime.packed_folder import NewFile, check_space, open_folder, remove_leftovers
+from moe_runtime.packed_folder import NewFile, check_space, open_folder, packed_path, remove_leftovers
 from moe_runtime.packed_identity import difference, identify
 from moe_runtime.packed_model import save
 from moe_runtime.plan import ExpertMask
 from moe_runtime.quant.recipe import Recipe
 
-FOLDER = ".moe_packed"
 MAX_FINDING_BYTES = 16 << 20
 UNFIT = (OSError, PackedFileError, CheckpointError)
 logger = logging.getLogger("moe_runtime.packed")
@@ -47,7 +45,8 @@ logger = logging.getLogger("moe_runtime.packed")
 class PackedStore:
     """One model folder's packed weights by one recipe. ``folder`` None is beside the model; ``verify`` reads
     the whole file at each start and compares all checksums, else only those of its table. With ``kept``, the
-    file of these experts alone: what is not among them is not even mapped.
+    file of these experts alone: what is not among them is not even mapped. ``ghosts`` is a weight file beside
+    the checkpoint's that the model is also made from.
 
     ``open`` comes first, before anything of the checkpoint is read: what it finds there is the identity that
     the others go by, so that a checkpoint replaced meanwhile is not taken for the one that was read.
@@ -58,17 +57,14 @@ class PackedStore:
     folder: Path | None = None
     verify: bool = True
     kept: ExpertMask | None = None
+    ghosts: Path | None = None
     _identity: dict[str, Any] | None = field(default=None, init=False)
     _writer: threading.Thread | None = field(default=None, init=False)
 
     @property
     def path(self) -> Path:
         name = f"{self.recipe.label}{'' if self.kept is None else f'_some-{self.kept.digest[:8]}'}.moe"
-        if self.folder is None:
-            return self.model_dir / FOLDER / name
-        home = self.model_dir.resolve()
-        place = hashlib.sha256(os.fsencode(home)).hexdigest()[:8]
-        return self.folder / f"{home.name}-{place}-{name}"
+        return packed_path(self.model_dir, self.folder, name)
 
     @property
     def finding_path(self) -> Path:
@@ -81,7 +77,7 @@ class PackedStore:
         start = time.perf_counter()
         self._identity = None
         try:
-            self._identity = identity = identify(self.model_dir, self.recipe, self.kept)
+            self._identity = identity = self._identify()
             with self._open_folder() as folder:
                 file = open_file(
                     self.path.name, lambda found: _compare(found, identity), verify=self.verify, folder=folder
@@ -180,6 +176,9 @@ class PackedStore:
             except OSError as error:
                 logger.warning("a power cut may lose %s, its folder cannot be synced: %s", self.path, error)
 
+    def _identify(self) -> dict[str, Any]:
+        return identify(self.model_dir, self.recipe, self.kept, self.ghosts)
+
     def _open_folder(self, *, make: bool = False) -> AbstractContextManager[int]:
         # Who names a folder means it, wherever a link leads. The one beside the model must be just there.
         return open_folder(self.path.parent, links=self.folder is not None, make=make)
@@ -189,7 +188,7 @@ class PackedStore:
         if self._identity is None:
             raise CheckpointError("the checkpoint could not be identified before it was read")
         try:
-            different = difference(self._identity, identify(self.model_dir, self.recipe, self.kept))
+            different = difference(self._identity, self._identify())
         except OSError as error:
             different = str(error)
         if different is not None:

@@ -45,9 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         server_config = from_args(arguments, ServerConfig)
         engine_config = from_args(arguments, EngineConfig)
+        _check_together(server_config, engine_config)
         model_dir, name = _model(arguments.model, server_config.served_model_name)
-        listener = _listen(server_config.host, server_config.port)
-        return _serve(model_dir, name, server_config, engine_config, listener)
+        with _listen(server_config.host, server_config.port) as listener:
+            return _serve(model_dir, name, server_config, engine_config, listener)
     except MoeRuntimeError as error:
         print(f"moe-serve: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -62,6 +63,15 @@ def main(argv: list[str] | None = None) -> int:
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 130
+
+
+def _check_together(config: ServerConfig, engine_config: EngineConfig) -> None:
+    """Raise ConfigError for a flag of the server that nothing would read."""
+    on_cpu = engine_config.device == "cpu" and engine_config.backend != "triton"
+    if config.expert_statistics is not None and on_cpu:
+        raise ConfigError(
+            "--expert-statistics with --device cpu: there is no GPU to divide; use --device cuda"
+        )
 
 
 def _model(folder: Path | None, served_name: str) -> tuple[Path, str]:
@@ -107,18 +117,25 @@ def _serve(
     threading.Thread(target=importlib.import_module, args=("moe_runtime.server.serve",), daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # the app logs each request itself, in one line
+    from moe_runtime.experts.file_digests import DigestMemo
     from moe_runtime.experts.registry import placement_of
+    from moe_runtime.server.expert_statistics import read_hotness
     from moe_runtime.server.scenarios import open_scenarios
 
-    scenarios = open_scenarios(model_dir, config)
+    memo = None
+    if engine_config.packed_file or engine_config.packed_dir is not None:
+        memo = DigestMemo(model_dir, engine_config.packed_dir, verify=config.verify_weights)
+    scenarios = open_scenarios(model_dir, config, memo)
     engine = Engine.load(
         model_dir,
         engine_config,
         placement=None if scenarios.full else placement_of(scenarios),
-        live=not scenarios.full and config.admin_token_file is not None,
+        hotness=read_hotness(model_dir, config, scenarios, memo),
+        live=scenarios.come_and_go and config.admin_token_file is not None,
+        ghosts=None if scenarios.exported is None else scenarios.exported.ghosts,
     )
     for scenario in scenarios:
-        engine.masks.add(scenario.name, scenario.mask, scenario.policy)
+        engine.masks.add(scenario.name, scenario.mask, scenario.policy, scenario.recovery)
     from moe_runtime.async_engine import AsyncEngine
     from moe_runtime.server.serve import Server
     from moe_runtime.server.service import build_service

@@ -57,6 +57,8 @@ async def drop_scenario(service: Service, request: Request) -> Response:
     name, scenarios = request.path_params["name"], service.scenarios
     if name not in scenarios:
         raise EdgeError(404, f"there is no scenario '{name[:64]}'", code="scenario_not_found")
+    if scenarios.exported is not None:
+        raise _conflict(f"scenario '{name}' is the model itself")
     if scenarios.state(name) == "leaving":
         raise _conflict(f"scenario '{name}' is leaving already")
     scenarios.leave(name)
@@ -82,7 +84,7 @@ async def _bring(service: Service, registry: Registry, name: str) -> None:
                 if live is not None:
                     live.admit(wanted, engine.masks.absent)
                 try:
-                    engine.masks.add(scenario.name, scenario.mask, scenario.policy)
+                    engine.masks.add(scenario.name, scenario.mask, scenario.policy, scenario.recovery)
                 except PlanError:
                     _trim(engine)
                     raise

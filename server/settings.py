@@ -33,6 +33,16 @@ class ServerConfig:
     allow_uncertified: bool = option(
         False, "serve scenarios without a valid certificate, too; lists and log say why it is not valid"
     )
+    verify_weights: bool = option(
+        False,
+        "with scenarios, hash all weight files at start, also those of which an earlier start remembers the "
+        "digest and whose size, times and inode are as they were",
+    )
+    expert_statistics: Path | None = option(
+        None,
+        "file of `moe-experts profile`: where a GPU cannot hold all experts, those that its texts chose most "
+        "stay there (the texts of --scenarios alone, if that is given)",
+    )
     drift_log: Path | None = option(
         None, "file to append each scenario request's lost mass to, for `moe-experts drift`; no text is in it"
     )

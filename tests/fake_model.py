@@ -54,6 +54,7 @@ class FakeModel:
         self.answer = answer
         self.batches: list[Batch] = []
         self.fail_next: Exception | None = None
+        self.logits_device = torch.device("cpu")  # tokens may be chosen elsewhere (devices.py)
 
     def cache_bytes_per_block(self, block_size: int, kv_dtype: str = "auto") -> int:
         return block_size * 8
@@ -74,7 +75,8 @@ class FakeModel:
             raise failure
         cache.view(-1)[batch.slots] = batch.token_ids
         rows = [self.answer(self.history(batch, cache, row)) for row in batch.logit_rows.tolist()]
-        return torch.stack(rows) if rows else torch.empty(0, self.config.vocab_size)
+        logits = torch.stack(rows) if rows else torch.empty(0, self.config.vocab_size)
+        return logits.to(self.logits_device)
 
     def history(self, batch: Batch, cache: torch.Tensor, row: int) -> list[int]:
         table = batch.block_tables[batch.sequence_rows[row]].long()

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
+from devices import ComputeDevice
 
 from moe_runtime.batch import Batch, no_masks
-from moe_runtime.kernels import OPS, choose
+from moe_runtime.kernels import OPS, choose, triton_is_interpreted
 from moe_runtime.layers.cache import Cache
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.loader import load_model
@@ -15,6 +16,10 @@ BACKENDS = [name for name in ("reference", "cpu") if all(name in row for row in 
 
 
 def load(folder: Path, backend: str) -> Decoder:
+    """``backend``: one of the op table's; "triton" is on the GPU, or in its interpreter."""
+    if backend == "triton":
+        device = ComputeDevice("interpreter" if triton_is_interpreted() else "cuda")
+        return load_model(folder, device.kernels())
     return load_model(folder, choose(backend))
 
 
@@ -49,7 +54,7 @@ class Paged:
             logit_rows=ends if last_only else torch.arange(len(positions)),
             mask_rows=no_masks(len(positions)),
         )
-        logits = self.model.forward(batch, self.cache)
+        logits = self.model.forward(batch, self.cache).cpu()
         for row, ids in chunks.items():
             self.lengths[row] += len(ids)
         return dict(zip(chunks, logits.split([1] * len(sizes) if last_only else sizes), strict=True))

@@ -9,8 +9,10 @@ import torch
 from moe_runtime.experts.certificate import Certificate
 from moe_runtime.experts.model_identity import ModelIdentity
 from moe_runtime.experts.plan_file import PlanFile
+from moe_runtime.experts.recovery_file import RecoveryFile
 from moe_runtime.hf_config import read_json
 from moe_runtime.plan import ExpertMask, LayerMask
+from moe_runtime.recovery import Kind, Recovery
 
 
 def some_mask(model_dir: Path, kept: int, seed: int) -> ExpertMask:
@@ -72,6 +74,35 @@ def write_certificate(
     certificate = Certificate(**fields)
     certificate.save(folder / name / "certificate.json", {"plan": plan.digest})
     return certificate
+
+
+def some_recovery(model_dir: Path, mask: ExpertMask, kind: Kind, seed: int = 0) -> Recovery:
+    """Random numbers that an answer cannot miss."""
+    hidden = read_json(model_dir / "config.json")["hidden_size"]
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for layer in mask.layers:
+        size = (layer.num_experts - len(layer.kept), hidden) if kind == "constants" else (layer.num_experts,)
+        layers[layer.layer] = 3 * torch.randn(size, generator=generator)
+        if kind == "router":
+            layers[layer.layer][[each not in layer.kept for each in range(layer.num_experts)]] = 0
+    return Recovery(kind, layers)
+
+
+def write_recovery(
+    folder: Path, model_dir: Path, name: str, kind: Kind, *, applied: bool = True, seed: int = 0
+) -> RecoveryFile:
+    """``<folder>/<name>/recovery.safetensors`` for the plan that is there, and a certificate that applies it
+    or says that it does not help.
+    """
+    plan = PlanFile.load(folder / name / "plan.json")
+    numbers = some_recovery(model_dir, plan.mask, kind, seed)
+    made = RecoveryFile(numbers, plan.digest, plan.mask.digest, plan.model, {})
+    saved = made.save(folder / name / "recovery.safetensors")
+    tried = {"kind": kind, "digest": saved.digest, "bytes": saved.num_bytes, "helps": applied, "change": {}}
+    told = {"applied": kind if applied else None, "tried": [tried]}
+    write_certificate(folder, model_dir, name, plan, recovery=told)
+    return saved
 
 
 def write_scenario(

@@ -273,6 +273,7 @@ async def test_a_lost_device_ends_everything_with_its_reason(
         raise fault
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     async with running(tokenizer, max_running=1) as (engine, model):
         model.device = torch.device("cuda", 0)
         stream = engine.submit("r", PROMPT, LONG)

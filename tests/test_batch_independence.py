@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from devices import ComputeDevice
 from fake_model import FakeModel, byte_tokenizer, echo_answer
 from world import ARCHITECTURES, tiny_checkpoint
 
 import moe_runtime._C as _C
-from moe_runtime import kernels
 from moe_runtime.config import EngineConfig
 from moe_runtime.engine import Engine, TokenEvent
 from moe_runtime.loader import load_model
@@ -91,28 +91,33 @@ def run_mix(
 
 
 @pytest.mark.slow
+@pytest.mark.every_isa
 @pytest.mark.parametrize("name", MODELS)
-def test_answers_are_equal_to_the_last_bit_alone_and_in_any_mix(name: str, isa: str, tmp_path: Path) -> None:
+def test_answers_are_equal_to_the_last_bit_alone_and_in_any_mix(
+    name: str, compute_device: ComputeDevice, tmp_path: Path
+) -> None:
     overrides, num_mixes = MODELS[name]
-    if isa != _C.supported_isas()[0]:  # the best gets the long run; mixes are the engine's, bits the kernels'
+    if compute_device.isa != _C.supported_isas()[0]:
+        # The best set gets the long run; mixes are the engine's, bits the kernels'.
         num_mixes = min(num_mixes, 8)
     folder = tiny_checkpoint(tmp_path, name.split()[0], **overrides)
-    model = load_model(folder, kernels.choose("cpu"))
+    model = load_model(folder, compute_device.kernels())
     tokenizer = Tokenizer.load(folder)
     draw = random.Random(name)
     prompts = random_prompts(draw, 24)
     kv_dtype: KvDtype = "int8" if "int8 cache" in name else "auto"
-    alone = EngineConfig(prefix_caching=False, max_batch_tokens=1024, kv_dtype=kv_dtype)
+    alone = EngineConfig(prefix_caching=False, max_batch_tokens=1024, kv_dtype=kv_dtype, graphs=False)
     expected: list[Result] = []
     for index, prompt in enumerate(prompts):
-        engine = Engine(model, tokenizer, alone)
+        engine = compute_device.engine(model, tokenizer, alone)
         params = SEEDED if index % 3 == 0 else GREEDY
         request = {"alone": (prompt, params)}
         expected.append(run_mix(engine, request, random.Random(1), aborted=0.0)["alone"])
         assert all(events[-1].finish_reason == "length" for events in expected[-1].values())
     preemptions = hits = 0
     for _ in range(num_mixes):
-        engine = Engine(model, tokenizer, random_config(draw, max(map(len, prompts)) + 16, kv_dtype))
+        config = random_config(draw, max(map(len, prompts)) + 16, kv_dtype)
+        engine = compute_device.engine(model, tokenizer, config)
         chosen = draw.sample(range(len(prompts)), 7)
         requests = {str(i): (prompts[i], SEEDED if i % 3 == 0 else GREEDY) for i in chosen}
         for request_id, result in run_mix(engine, requests, draw).items():
@@ -129,9 +134,11 @@ def canary(number: int) -> str:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_no_canary_is_ever_seen_in_another_s_answer(seed: int, tmp_path: Path) -> None:
+def test_no_canary_is_ever_seen_in_another_s_answer(
+    seed: int, compute_device: ComputeDevice, tmp_path: Path
+) -> None:
     draw = random.Random(seed)
-    engine = Engine(
+    engine = compute_device.engine(
         FakeModel(echo_answer),
         byte_tokenizer(tmp_path),
         EngineConfig(block_size=4, num_blocks=24, max_batch_tokens=16, max_running=12, max_context=64),

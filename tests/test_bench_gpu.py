@@ -1,5 +1,6 @@
 """bench/gpu.py goes its whole way on the CPU; how fast a GPU is, no test here can know."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -85,6 +86,22 @@ def test_a_worker_that_is_late_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
     worker = gpu_process.Worker("moe", tmp_path, start=2)
     rows = gpu_process.run([worker], time.monotonic() + 1, dict(os.environ))
     assert [(row["kind"], row["error"]) for row in rows] == [("error", "out of time")]
+
+
+def test_the_tests_of_the_engine_run_on_the_gpu_as_far_as_the_machine_has_their_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = import_module("gpu")
+    monkeypatch.setattr(gpu, "importable", lambda name: name in ("xdist", "openai"))
+    options = argparse.Namespace(dry_run=False, tests=None, seconds=1.0, out=None)
+    told = gpu.Bench(options, tmp_path).test_options()
+    paths = [word for word in told if word.startswith("tests/")]
+    assert all((ROOT / path).exists() for path in paths)
+    assert paths[0] == "tests/kernels/triton" and "tests/test_batch_independence.py" in paths
+    assert "tests/server/test_real_engine.py" in paths and "tests/models/test_parity.py" not in paths
+    assert told[told.index("--device") + 1] == "cuda" and "-n" in told
+    options.tests = ["tests/one.py"]
+    assert gpu.Bench(options, tmp_path).test_options()[0] == "tests/one.py"
 
 
 def test_pytests_lines_are_counted_with_and_without_workers() -> None:

@@ -79,6 +79,8 @@ def test_what_is_not_a_size_is_refused(text: str) -> None:
         (("--quantize-group", "16"), "--quantize-group 16: must be 32, 64 or 128"),
         (("--device", "cuda", "--backend", "cpu"), "--device cuda with --backend cpu, which computes on"),
         (("--device", "cuda", "--backend", "reference"), "use --backend auto, or --device cpu"),
+        (("--device", "cuda:1", "--backend", "cpu"), "--device cuda:1 with --backend cpu, which computes on"),
+        (("--device", "cuda:x"), "--device 'cuda:x': must be auto, cpu, cuda, or cuda:N"),
         (("--device-bytes", "1GiB"), "--device-bytes with --device cpu: there is no GPU"),
         (("--autotune-dir", "x"), "--autotune-dir with --device cpu: there is no GPU to measure"),
     ],

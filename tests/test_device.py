@@ -1,18 +1,27 @@
 """Choosing a device on machines that are not here: torch's answers are replaced."""
 
+import asyncio
 import dataclasses
 import importlib
 import sys
+import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_model import FakeModel, byte_tokenizer
+from world import tiny_checkpoint
 
-from moe_runtime import kernels
+from moe_runtime import engine_load, kernels
+from moe_runtime.async_engine import AsyncEngine
 from moe_runtime.batch import Batch
-from moe_runtime.device import choose_device, told_as_config_errors, told_when_lost
-from moe_runtime.errors import ConfigError, DeviceLost
+from moe_runtime.config import EngineConfig
+from moe_runtime.device import DeviceChoice, choose_device, told_as_config_errors, told_when_lost
+from moe_runtime.engine import Engine
+from moe_runtime.errors import CheckpointError, ConfigError, DeviceLost
+from moe_runtime.sampling import SamplingParams
 
 GPU = torch.device("cuda", 0)
 
@@ -28,7 +37,9 @@ class Machine:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.version, "hip", None)
+        self.num_gpus = 1
         monkeypatch.setattr(torch.cuda, "is_available", self._is_available)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: self.num_gpus)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: self.capability)
         monkeypatch.setattr(torch, "zeros", self._zeros)
@@ -61,6 +72,34 @@ def test_auto_and_cuda_take_the_gpu_and_say_which(machine: Machine) -> None:
         assert choice.device == GPU
         assert choice.reason == "computing on cuda:0, Some GPU (compute capability 9.0)"
     assert choose_device("cpu").device == torch.device("cpu")
+
+
+def test_one_of_several_gpus_is_named_by_its_number(machine: Machine) -> None:
+    machine.num_gpus = 3
+    for number in range(3):
+        choice = choose_device(f"cuda:{number}")
+        assert choice.device == torch.device("cuda", number)
+        assert choice.reason == f"computing on cuda:{number}, Some GPU (compute capability 9.0)"
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "name", "there"),
+    [
+        (1, "cuda:1", "there is 1 GPU, cuda:0 "),
+        (2, "cuda:2", "there are 2 GPUs, cuda:0 to cuda:1 "),
+        (4, "cuda:999", "there are 4 GPUs, cuda:0 to cuda:3 "),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_refused_with_those_that_are(
+    machine: Machine, num_gpus: int, name: str, there: str
+) -> None:
+    machine.num_gpus = num_gpus
+    with pytest.raises(ConfigError) as caught:
+        choose_device(name)
+    assert str(caught.value) == (
+        f"--device {name}: {there}(CUDA_VISIBLE_DEVICES decides which are seen); choose one of them, or use "
+        "--device cpu"
+    )
 
 
 def test_an_amd_gpu_needs_no_capability(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +206,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, fault: Exception | None) -> None:
             raise fault
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
 
 @pytest.mark.parametrize("first", [STICKY, RuntimeError("Triton Error [CUDA]: an illegal memory access")])
@@ -190,9 +230,73 @@ def test_an_error_that_passes_is_itself(monkeypatch: pytest.MonkeyPatch, error: 
         assert caught.value is error
 
 
-def test_another_name_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--device 'tpu': must be auto, cpu or cuda"):
-        choose_device("tpu")
+@pytest.mark.parametrize(
+    "name", ["tpu", "cuda:", "cuda:-1", "cuda:1000", "cuda:1 ", "cuda:\u0661", "cpu:0", ""]
+)
+def test_another_name_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_device(name)
+    assert str(caught.value).startswith(f"--device {name!r}: must be auto, cpu, cuda, or cuda:N")
+    with pytest.raises(ConfigError, match="must be auto, cpu, cuda, or cuda:N"):
+        EngineConfig(device=name)
+
+
+# --- which GPU is the current one, on which thread ----------------------------------------------------------
+
+SECOND = torch.device("cuda", 1)
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.device]]:
+    """Threads and the devices that they have made their current one, in order."""
+    told: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: told.append((threading.current_thread().name, device))
+    )
+    return told
+
+
+def test_a_model_is_loaded_with_its_gpu_as_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used: list[tuple[str, torch.device]]
+) -> None:
+    def load_model(_: Path, chosen: kernels.Kernels, *__: Any) -> None:
+        assert chosen.device == SECOND and used == [("MainThread", SECOND)]
+        raise CheckpointError("far enough")
+
+    plain = kernels.choose("reference")
+    monkeypatch.setattr(engine_load, "choose_device", lambda *_: DeviceChoice(SECOND, "as the test says"))
+    monkeypatch.setattr(kernels, "choose", lambda _, *, device: dataclasses.replace(plain, device=device))
+    monkeypatch.setattr(engine_load.loader, "load_model", load_model)
+    with pytest.raises(CheckpointError, match="far enough"):
+        Engine.load(tiny_checkpoint(tmp_path), EngineConfig(device="cuda:1"))
+    assert used == [("MainThread", SECOND)]
+
+
+def test_each_step_makes_the_models_gpu_the_current_one_of_its_thread(
+    tmp_path: Path, used: list[tuple[str, torch.device]]
+) -> None:
+    class Watching(FakeModel):
+        def forward(self, *arguments: Any) -> torch.Tensor:
+            assert used and used[-1] == (threading.current_thread().name, SECOND)
+            return super().forward(*arguments)
+
+    model = Watching()
+    engine = Engine(model, byte_tokenizer(tmp_path), EngineConfig(num_blocks=8))
+    assert used == [], "nothing is launched for a model on the CPU"
+    model.device = SECOND
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    engine.generate([[1, 2, 3]], params)
+
+    async def ask() -> list[str | None]:
+        served = AsyncEngine(engine)
+        served.start()
+        try:
+            return [event.finish_reason async for event in served.submit("r", [1, 2, 3], params)]
+        finally:
+            served.stop()
+
+    assert asyncio.run(ask()) == [None, "length"]
+    assert used == [("MainThread", SECOND)] * 2 + [("engine", SECOND)] * 2
 
 
 def test_backends_that_compute_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from devices import ComputeDevice
 from fake_model import Answer, FakeConfig, FakeModel, byte_tokenizer, echo_answer, random_answer
 from tokenizers import Tokenizer as Library
 from world import MESSAGE_END, VOCAB_SIZE, tiny_checkpoint
@@ -29,10 +30,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture
-def make_engine(tokenizer: Tokenizer) -> Callable[..., Engine]:
+def make_engine(tokenizer: Tokenizer, compute_device: ComputeDevice) -> Callable[..., Engine]:
     def make(answer: Answer = random_answer, **options: Any) -> Engine:
         config = EngineConfig(**{"block_size": 4, "num_blocks": 64, "max_batch_tokens": 16} | options)
-        return Engine(FakeModel(answer), tokenizer, config)
+        return compute_device.engine(FakeModel(answer), tokenizer, config)
 
     return make
 
@@ -138,6 +139,7 @@ def test_max_tokens_zero_only_looks_at_the_prompt(make_engine: Callable[..., Eng
     assert choices[0].prompt_logprobs is not None and len(choices[0].prompt_logprobs) == 3
 
 
+@pytest.mark.cpu_only("the same sums in the same order as here; a device's are in test_device_sampling.py")
 def test_logprobs_are_the_model_s_own_whatever_the_sampling(make_engine: Callable[..., Engine]) -> None:
     params = SamplingParams(
         temperature=0.3, top_k=2, seed=3, logprobs=3, max_tokens=4, repetition_penalty=1.5
@@ -341,6 +343,7 @@ def test_a_wrong_generation_config_stops_the_start(tmp_path: Path, values: dict[
         Engine.load(folder, EngineConfig(num_blocks=32))
 
 
+@pytest.mark.usefixtures("compute_device")
 def test_a_loaded_engine_has_all_parts_and_answers_a_chat(tmp_path: Path) -> None:
     engine = Engine.load(tiny_checkpoint(tmp_path), EngineConfig(num_blocks=32))
     assert engine.chat is not None

@@ -55,6 +55,7 @@ class Echo:
     device: torch.device = torch.device("cpu")
     config: Any = field(default_factory=lambda: SimpleNamespace(vocab_size=VOCAB))
     sizes: list[tuple[int, int]] = field(default_factory=list)
+    moves: int = 0
 
     def mixtures(self) -> Any:
         return iter(())
@@ -172,6 +173,15 @@ def test_a_driver_that_cannot_capture_is_asked_once(caplog: pytest.LogCaptureFix
     assert len(model.sizes) == 1 and model.recorder.settled == 1
     assert "(CUDA error: operation not permitted); all new ones are launched kernel by kernel" in caplog.text
     assert torch.equal(steps.forward(decode(2)), Echo().forward(decode(2), None))
+
+
+def test_what_moved_is_captured_anew_when_it_is_needed() -> None:
+    model = Echo()
+    steps = graphs(model)
+    for moves, captured in ((0, 1), (0, 1), (1, 2), (1, 2), (2, 3)):
+        model.moves = moves
+        assert torch.equal(steps.forward(decode(2)), Echo().forward(decode(2), None))
+        assert model.recorder.recorded == captured and len(steps._replays) == 1
 
 
 def test_a_device_that_is_lost_while_capturing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,8 @@ ENGINE_PARTS = {
     "absent_experts", "admission", "autotune", "batch", "canonical_json", "chat", "checkpoint", "cli",
     "config", "detokenizer", "device", "drift_policy", "errors", "expert_room", "generation", "graph",
     "graphs", "hf", "kernels", "kv_cache", "layers", "live_experts", "loader", "lost_mass", "masks",
-    "model_config", "models", "output", "packed", "placement", "plan", "quant", "request_stream", "sampling",
-    "scheduler", "sequence", "tokenizer",
+    "model_config", "models", "output", "packed", "placement", "plan", "quant", "recovery", "request_stream",
+    "sampling", "scheduler", "sequence", "tokenizer", "ghost_router",
 }  # fmt: skip
 MAY_IMPORT: dict[str, set[str]] = {
     "moe_runtime/errors.py": set(),

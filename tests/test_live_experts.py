@@ -1,4 +1,7 @@
-"""Experts that come to and go from a running engine: the same bits, and memory for what is here alone."""
+"""Experts that come to and go from a running engine: the same bits, and memory for what is here alone.
+
+On the CPU: on a GPU an engine of this kind is refused at start.
+"""
 
 import dataclasses
 from pathlib import Path

@@ -206,6 +206,7 @@ def test_a_packed_file_of_other_experts_is_not_taken(
 # --- the engine ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("compute_device")
 def test_the_engine_answers_as_the_whole_model_does_under_the_scenario(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -227,6 +228,7 @@ def test_the_engine_answers_as_the_whole_model_does_under_the_scenario(
     assert [line.split() for line in caplog.text.splitlines()[-2:]][1][-3:] == ["KB)", "0", "4"]
 
 
+@pytest.mark.usefixtures("compute_device")
 def test_the_engine_refuses_what_would_need_absent_experts(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path)
     mask = some_experts(folder)
@@ -240,6 +242,7 @@ def test_the_engine_refuses_what_would_need_absent_experts(tmp_path: Path) -> No
     engine.masks.add("wealth", mask)
 
 
+@pytest.mark.usefixtures("compute_device")
 def test_the_accuracy_gate_measures_what_is_there(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path)
     placement = Placement.of(some_experts(folder))

@@ -49,3 +49,11 @@ def dequantize_rows(rows: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.T
 
 def _codes_size(dim: int) -> int:
     return -(-dim // 4) * 4
+
+
+def read_rows(
+    cache: torch.Tensor, blocks: torch.Tensor, length: int, dim: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The first ``length`` rows that a sequence's blocks hold, [Hkv, length, dim]."""
+    rows = cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]
+    return dequantize_rows(rows, dim, dtype) if cache.dtype is torch.int8 else rows.to(dtype)

@@ -10,10 +10,11 @@ import torch
 
 import moe_runtime._C as _C
 from moe_runtime.kernels.cache_rows import row_size
-from moe_runtime.kernels.checks import cache_tag, check, check_dims, check_layout, failure
+from moe_runtime.kernels.checks import cache_tag, check, check_dims, check_fence, check_layout, failure
 from moe_runtime.kernels.meter import RouteMeter
 from moe_runtime.kernels.packed import PackedExperts, PackedLinear, RouterSpec
 from moe_runtime.kernels.residence import Residence
+from moe_runtime.kernels.route_recovery import RouteRecovery
 
 _FLOAT, _INT = torch.float32, torch.int32
 
@@ -67,11 +68,19 @@ def linear_heads(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
 
 
 def fused_moe(
-    x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor, experts: PackedExperts
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    experts: PackedExperts,
+    constants: torch.Tensor | None = None,
 ) -> torch.Tensor:
     given = _mixture("fused_moe", x, expert_ids, expert_weights, experts)
+    constants_at = num_constants = 0
+    if constants is not None:
+        num_constants = constants.shape[0]
+        constants_at = check("fused_moe", "constants", constants, (num_constants, experts.hidden))
     out = torch.empty_like(x)
-    _C.fused_moe(*given, out.data_ptr())
+    _C.fused_moe(*given, constants_at, num_constants, out.data_ptr())
     return out
 
 
@@ -111,7 +120,7 @@ def _mixture(
     )  # fmt: skip
 
 
-def expert_slots(expert_ids: torch.Tensor, residence: Residence) -> torch.Tensor:
+def expert_slots(expert_ids: torch.Tensor, residence: Residence, num_constants: int = 0) -> torch.Tensor:
     op = "expert_slots"
     check_dims(op, "expert_ids", expert_ids, 2)
     tokens, top_k = expert_ids.shape
@@ -120,8 +129,9 @@ def expert_slots(expert_ids: torch.Tensor, residence: Residence) -> torch.Tensor
     slot_of_at = check(op, "slot_of", residence.slot_of, (num_experts,), _INT)
     slots = torch.empty_like(expert_ids)
     _C.expert_slots(
-        ids_at, tokens, top_k, slot_of_at, num_experts, residence.num_slots, residence.layer, slots.data_ptr()
-    )
+        ids_at, tokens, top_k, slot_of_at, num_experts, residence.num_slots, residence.layer, num_constants,
+        slots.data_ptr(),
+    )  # fmt: skip
     return slots
 
 
@@ -135,6 +145,7 @@ def route(
     masks: torch.Tensor | None = None,
     mask_rows: torch.Tensor | None = None,
     meter: RouteMeter | None = None,
+    recovery: RouteRecovery | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_dims("route", "logits", logits, 2)
     tokens, num_experts = logits.shape
@@ -143,7 +154,7 @@ def route(
     bias_at = 0 if bias is None else check("route", "bias", bias, (num_experts,))
     ids = torch.empty(tokens, spec.top_k, dtype=_INT)
     weights = torch.empty(tokens, spec.top_k, dtype=_FLOAT)
-    fence = _fence(tokens, num_experts, masks, mask_rows, meter)
+    fence = check_fence(tokens, num_experts, masks, mask_rows, recovery, meter)
     _C.route(
         logits_at, tokens, num_experts, bias_at, spec.top_k, spec.num_groups, spec.topk_groups,
         spec.scoring == "sigmoid", spec.norm_topk_prob, spec.group_score == "top2_sum",
@@ -151,29 +162,6 @@ def route(
         weights.data_ptr(),
     )  # fmt: skip
     return ids, weights
-
-
-def _fence(
-    tokens: int,
-    num_experts: int,
-    masks: torch.Tensor | None,
-    mask_rows: torch.Tensor | None,
-    meter: RouteMeter | None,
-) -> tuple[int, int, int, int, int]:
-    """Masks, their number, the rows, and the meter's two sums, as csrc/router.cpp wants them."""
-    if masks is None or mask_rows is None:
-        if masks is not mask_rows:
-            raise failure("route", "masks and mask_rows", "both or neither", "one of them")
-        return 0, 0, 0, 0, 0
-    check_dims("route", "masks", masks, 2)
-    count = masks.shape[0]
-    masks_at = check("route", "masks", masks.view(torch.uint8), (count, num_experts), torch.uint8)
-    rows_at = check("route", "mask_rows", mask_rows, (tokens,), _INT)
-    lost_at = outside_at = 0
-    if meter is not None:
-        outside_at = check("route", "outside", meter.outside, (1,), torch.int64)
-        lost_at = 0 if meter.lost is None else check("route", "lost", meter.lost, (tokens,))
-    return masks_at, count, rows_at, lost_at, outside_at
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

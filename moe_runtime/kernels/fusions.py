@@ -12,6 +12,7 @@ import torch
 
 from moe_runtime.kernels.meter import RouteMeter
 from moe_runtime.kernels.packed import RouterSpec
+from moe_runtime.kernels.route_recovery import RouteRecovery
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -49,11 +50,13 @@ class FusedOperations:
         masks: torch.Tensor | None = None,
         mask_rows: torch.Tensor | None = None,
         meter: RouteMeter | None = None,
+        recovery: RouteRecovery | None = None,
     ) -> Pair:
         """``route`` of x [T, H] times the packed ``router`` [E, H]."""
         if self.fused is not None:
-            return self.fused.route_tokens(x, router, spec, bias, masks, mask_rows, meter)
-        return self.route(self.linear(x, router, None), spec, bias, masks, mask_rows, meter)
+            return self.fused.route_tokens(x, router, spec, bias, masks, mask_rows, meter, recovery)
+        logits = self.linear(x, router, None)
+        return self.route(logits, spec, bias, masks, mask_rows, meter, recovery)
 
     def rope_write_cache(
         self,
@@ -82,13 +85,14 @@ class FusedOperations:
         residual: torch.Tensor,
         norm_weight: torch.Tensor,
         eps: float,
+        constants: torch.Tensor | None = None,
     ) -> Pair:
         """``add_rms_norm`` of ``residual`` and ``fused_moe`` plus ``added`` [T, H], if that is given."""
         if self.fused is not None:
             return self.fused.fused_moe_add_norm(
-                x, expert_ids, expert_weights, experts, added, residual, norm_weight, eps
+                x, expert_ids, expert_weights, experts, added, residual, norm_weight, eps, constants
             )
-        mixed = self.fused_moe(x, expert_ids, expert_weights, experts)
+        mixed = self.fused_moe(x, expert_ids, expert_weights, experts, constants)
         if added is not None:
             mixed += added
         return self.add_rms_norm(mixed, residual, norm_weight, eps)

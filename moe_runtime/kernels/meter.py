@@ -13,8 +13,9 @@ class RouteMeter:
 
     lost     float32 [T]: the part, 0 to 1, of a token's gate weight that goes to forbidden experts when it
              chooses without its mask; a sum over layers. None: not measured.
-    outside  int64 [1]: chosen experts that the token's mask forbids. Zero by construction: only a mask with
-             fewer than top_k experts leaves no choice, and those are refused before.
+    outside  int64 [1]: chosen experts that the token's mask forbids; what stands in for one is none. Zero by
+             construction: only a mask with fewer than top_k experts leaves no choice, and those are refused
+             before.
     """
 
     lost: torch.Tensor | None
@@ -25,8 +26,11 @@ class RouteMeter:
         return cls(torch.zeros(num_tokens, device=device), torch.zeros(1, dtype=torch.int64, device=device))
 
     def add_outside(self, ids: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor) -> None:
-        """Count the chosen ``ids`` [T, top_k] that masks [M, E] of rows int32 [T] (-1: none) forbid."""
-        self.outside.add_(_forbids(ids, masks, rows).sum())
+        """Count the chosen ``ids`` [T, top_k] that masks [M, E] of rows int32 [T] (-1: none) forbid; ids
+        from E on name no expert.
+        """
+        is_expert = ids < masks.shape[1]
+        self.outside.add_((_forbids(torch.where(is_expert, ids, 0), masks, rows) & is_expert).sum())
 
     def add_lost(
         self, free_ids: torch.Tensor, free_weights: torch.Tensor, masks: torch.Tensor, rows: torch.Tensor

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from moe_runtime.errors import KernelError
-from moe_runtime.kernels.cache_rows import dequantize_rows, quantize_rows
+from moe_runtime.kernels.cache_rows import quantize_rows, read_rows
 from moe_runtime.kernels.meter import RouteMeter
 from moe_runtime.kernels.packed import PackedExperts, PackedLinear, QuantizedWeight, RouterSpec, WeightFormat
-from moe_runtime.kernels.reference_choice import best_first, forbidden_experts, in_chosen_groups
+from moe_runtime.kernels.reference_choice import best_first, forbidden_experts, in_chosen_groups, weigh
+from moe_runtime.kernels.reference_recovery import named, recovered
+from moe_runtime.kernels.route_recovery import RouteRecovery
 
 # --- linear -------------------------------------------------------------------------------------------------
 
@@ -92,13 +94,18 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def fused_moe(
-    x: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor, experts: PackedExperts
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    experts: PackedExperts,
+    constants: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [T, H], ids int32 [T, top_k], weights [T, top_k] -> [T, H].
 
-    out[t] = sum over slots, in slot order, of weight[t, slot] * expert ids[t, slot] of x[t].
+    out[t] = sum over slots, in slot order, of weight[t, slot] * expert ids[t, slot] of x[t]; with constants
+    float32 [C, H] the ids E..E+C-1 name experts that give one of them for every x.
     """
-    slots = _expert_outputs(x, expert_ids, experts)
+    slots = _expert_outputs(x, expert_ids, experts, constants)
     out = torch.zeros_like(x)
     for slot in range(expert_ids.shape[1]):
         out += expert_weights[:, slot, None].to(x.dtype) * slots[:, slot]
@@ -125,13 +132,19 @@ def expert_moments(
     return mixed, slots.double().square().sum(-1), slots.abs().amax(-1)
 
 
-def _expert_outputs(x: torch.Tensor, expert_ids: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
+def _expert_outputs(
+    x: torch.Tensor, expert_ids: torch.Tensor, experts: PackedExperts, constants: torch.Tensor | None = None
+) -> torch.Tensor:
     """[T, top_k, H]: what each expert makes of its tokens."""
     slots = x.new_empty(*expert_ids.shape, experts.hidden)
+    known = experts.num_experts + (0 if constants is None else len(constants))
     for expert_id in expert_ids.unique().tolist():
-        if not 0 <= expert_id < experts.num_experts:
-            raise KernelError(f"fused_moe: expert id {expert_id}, expected 0 <= id < {experts.num_experts}")
+        if not 0 <= expert_id < known:
+            raise KernelError(f"fused_moe: expert id {expert_id}, expected 0 <= id < {known}")
         rows, columns = torch.nonzero(expert_ids == expert_id, as_tuple=True)
+        if constants is not None and expert_id >= experts.num_experts:
+            slots[rows, columns] = constants[expert_id - experts.num_experts].to(x.dtype)
+            continue
         gate, up = experts.gate_up[expert_id].to(x.dtype)
         hidden = silu_mul(x[rows] @ gate.T, x[rows] @ up.T)
         slots[rows, columns] = hidden @ experts.down[expert_id].to(x.dtype).T
@@ -148,6 +161,7 @@ def route(
     masks: torch.Tensor | None = None,
     mask_rows: torch.Tensor | None = None,
     meter: RouteMeter | None = None,
+    recovery: RouteRecovery | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logits [T, E], bias [E] for the choice only -> ids int32 [T, top_k], best first; weights [T, top_k].
 
@@ -157,11 +171,15 @@ def route(
     expert come before those without, and where the chosen groups hold fewer than top_k allowed experts, the
     best allowed ones of the other groups follow: a mask that allows at least top_k experts is never left. One
     that allows fewer is for the caller to refuse; here the lowest forbidden ids fill up, with weight 0.
-    ``meter`` is added to where there are masks.
+    ``meter`` is added to where there are masks, ``recovery`` (see there) changes what they do.
     """
     num_tokens, num_experts = logits.shape
     spec.check(num_experts)
     forbidden = forbidden_experts(num_tokens, num_experts, masks, mask_rows).to(logits.device)
+    given, stand_ins = logits, torch.full_like(forbidden, -1, dtype=torch.int64)
+    if recovery is not None:
+        logits, stand_ins = recovered(logits, recovery, masks, mask_rows)
+        forbidden &= stand_ins < 0
     lowest, highest = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
     finite = logits.double().nan_to_num(nan=lowest, neginf=lowest, posinf=highest).clamp(lowest, highest)
     fenced = finite.masked_fill(forbidden, -torch.inf)
@@ -178,17 +196,12 @@ def route(
         level = level * (1 + in_chosen_groups(choice, spec))
     ids = best_first(level, choice)[:, : spec.top_k]
 
-    if spec.softmax_after_topk:
-        weights = fenced.gather(1, ids).softmax(-1).masked_fill(forbidden.gather(1, ids), 0.0)
-    else:
-        weights = scores.gather(1, ids)
-        if spec.norm_topk_prob:
-            total = weights.sum(-1, keepdim=True) + spec.norm_epsilon
-            weights = weights / torch.where(total > 0, total, 1.0)
+    weights = weigh(ids, fenced, scores, forbidden, spec)
+    ids = named(ids, stand_ins)
     if meter is not None and masks is not None and mask_rows is not None:
         meter.add_outside(ids, masks, mask_rows)
-        meter.add_lost(*route(logits, spec, bias), masks, mask_rows)
-    return ids.int(), (weights * spec.routed_scaling).to(logits.dtype)
+        meter.add_lost(*route(given, spec, bias), masks, mask_rows)
+    return ids.int(), weights.to(logits.dtype)
 
 
 # --- norms and positions ------------------------------------------------------------------------------------
@@ -275,17 +288,9 @@ def attention(
     for token in range(num_tokens):
         length = int(positions[token]) + 1
         blocks = block_tables[int(sequence_rows[token]), : -(-length // block_size)].long()
-        k = _cached(k_cache, blocks, length, key_dim, q.dtype)
-        v = k[..., :value_dim] if v_cache is None else _cached(v_cache, blocks, length, value_dim, q.dtype)
+        k = read_rows(k_cache, blocks, length, key_dim, q.dtype)
+        v = k[..., :value_dim] if v_cache is None else read_rows(v_cache, blocks, length, value_dim, q.dtype)
         heads = q[token].view(kv_heads, num_heads // kv_heads, -1)
         probabilities = (heads @ k.transpose(1, 2) * scale).softmax(-1)
         out[token] = (probabilities @ v).view(num_heads, -1)
     return out
-
-
-def _cached(
-    cache: torch.Tensor, blocks: torch.Tensor, length: int, dim: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """The first ``length`` rows that a sequence's blocks hold, [Hkv, length, dim]."""
-    rows = cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]
-    return dequantize_rows(rows, dim, dtype) if cache.dtype is torch.int8 else rows.to(dtype)

@@ -1,4 +1,4 @@
-"""What ``route`` of reference.py chooses among: masks, groups of experts, and the order in between."""
+"""What ``route`` of reference.py chooses among, in which order, and what the chosen weigh."""
 
 from __future__ import annotations
 
@@ -45,3 +45,19 @@ def best_first(level: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     by_value = value.sort(dim=-1, descending=True, stable=True).indices
     by_level = level.gather(1, by_value).sort(dim=-1, descending=True, stable=True).indices
     return by_value.gather(1, by_level)
+
+
+def weigh(
+    ids: torch.Tensor, fenced: torch.Tensor, scores: torch.Tensor, forbidden: torch.Tensor, spec: RouterSpec
+) -> torch.Tensor:
+    """float64 [T, top_k] of the chosen ids int64 [T, top_k]. The others are [T, E]: the logits, -inf where
+    forbidden, their scores, and what is forbidden.
+    """
+    if spec.softmax_after_topk:
+        weights = fenced.gather(1, ids).softmax(-1).masked_fill(forbidden.gather(1, ids), 0.0)
+    else:
+        weights = scores.gather(1, ids)
+        if spec.norm_topk_prob:
+            total = weights.sum(-1, keepdim=True) + spec.norm_epsilon
+            weights = weights / torch.where(total > 0, total, 1.0)
+    return weights * spec.routed_scaling

@@ -32,15 +32,17 @@ class Residence:
     missed: torch.Tensor
 
 
-def expert_slots(expert_ids: torch.Tensor, residence: Residence) -> torch.Tensor:
+def expert_slots(expert_ids: torch.Tensor, residence: Residence, num_constants: int = 0) -> torch.Tensor:
     """int32 [T, top_k] ids of a layer's experts -> int32 [T, top_k] their places; what every backend must
-    equal. KernelError names layer and expert of one that has none; on a GPU that stays what the map says of
-    it, adds nothing to a mixture, and is counted if it is ABSENT.
+    equal. The ids of constants, ``num_constants`` from E on, become as many from R on. KernelError names
+    layer and expert of one that has none; on a GPU that stays what the map says of it, adds nothing to a
+    mixture, and is counted if it is ABSENT.
     """
     num_experts = residence.slot_of.shape[0]
     known = (expert_ids >= 0) & (expert_ids < num_experts)
     slots = residence.slot_of[torch.where(known, expert_ids, 0).long()]
-    bad = torch.nonzero(~known | (slots < 0) | (slots >= residence.num_slots))
+    is_constant = (expert_ids >= num_experts) & (expert_ids < num_experts + num_constants)
+    bad = torch.nonzero(~is_constant & (~known | (slots < 0) | (slots >= residence.num_slots)))
     if len(bad):
         token, column = bad[0].tolist()
         why = "is not in memory; its mask allows more than the placement holds"
@@ -48,4 +50,4 @@ def expert_slots(expert_ids: torch.Tensor, residence: Residence) -> torch.Tensor
             f"layer {residence.layer}: expert {int(expert_ids[token, column])}, chosen by token {token} of "
             f"the batch, {why if known[token, column] else 'does not exist'}"
         )
-    return slots
+    return torch.where(is_constant, residence.num_slots + expert_ids - num_experts, slots)

@@ -17,6 +17,7 @@ from moe_runtime.kernels.checks import cache_tag, check, check_layout, failure
 from moe_runtime.kernels.meter import RouteMeter
 from moe_runtime.kernels.packed import PackedExperts, PackedLinear, RouterSpec, WeightFormat
 from moe_runtime.kernels.residence import Residence
+from moe_runtime.kernels.route_recovery import RouteRecovery
 
 _INT, _LONG = torch.int32, torch.int64
 
@@ -95,11 +96,14 @@ class Descriptors:
         selection_bias: torch.Tensor | None = None,
         masks: torch.Tensor | None = None,
         residence: Residence | None = None,
+        recovery: RouteRecovery | None = None,
+        constants: torch.Tensor | None = None,
     ) -> Any:
         """Routed experts, or with no ``router`` one expert that every token visits with weight 1.
 
-        masks uint8 [M, E]: which experts a scenario may use; its values may change between steps. With a
-        ``residence`` of E experts, ``experts`` are those that are in memory.
+        masks uint8 [M, E]: which experts a scenario may use; its values may change between steps, as those of
+        ``recovery`` and of constants float32 [C, H], which it names. With a ``residence`` of E experts,
+        ``experts`` are those that are in memory.
         """
         check_layout("step", experts.layout)
         num_experts = experts.num_experts if residence is None else residence.slot_of.shape[0]
@@ -109,8 +113,19 @@ class Descriptors:
         masks_at = 0
         if masks is not None:
             masks_at = self._address("masks", masks, (num_masks, num_experts), torch.uint8)
+        parts: dict[str, Any] = {} if router is None else {"router": router}
+        if residence is not None:
+            parts["residence"] = self._residence(residence, experts)
+        if recovery is not None:
+            count = 0 if constants is None else constants.shape[0]
+            parts["recovery"] = _C.Recovery(
+                offsets=self._floats("offsets", recovery.offsets, num_masks, num_experts),
+                stand_ins=self._address("stand_ins", recovery.stand_ins, (num_masks, num_experts), _INT),
+                constants=_C.Constants(
+                    rows=self._floats("constants", constants, count, experts.hidden), count=count
+                ),
+            )
         return _C.Mixture(
-            **({} if router is None else {"router": router}),
             selection_bias=self._floats("selection_bias", selection_bias, num_experts),
             rules=_C.RouterRules(
                 top_k=spec.top_k, num_groups=spec.num_groups, topk_groups=spec.topk_groups,
@@ -121,8 +136,7 @@ class Descriptors:
             masks=masks_at, num_masks=num_masks,
             gate_up=experts.gate_up.data_ptr(), down=experts.down.data_ptr(),
             num_experts=num_experts, hidden=experts.hidden, intermediate=experts.intermediate,
-            format=experts.format.tag,
-            **({} if residence is None else {"residence": self._residence(residence, experts)}),
+            format=experts.format.tag, **parts,
         )  # fmt: skip
 
     def _residence(self, residence: Residence, experts: PackedExperts) -> Any:

@@ -39,16 +39,18 @@ class LayerCache:
     values: torch.Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cache:
     """One LayerCache per layer, and the rotation of every position that fits into it.
 
-    ``program`` runs the whole model over this cache; without one the layers are called one by one.
+    ``program`` runs the whole model over this cache, as the model was after ``moves`` of its tensors; without
+    one the layers are called one by one.
     """
 
     layers: tuple[LayerCache, ...]
     rotation: Rotation
     program: StepProgram | None = None
+    moves: int = 0
 
     @property
     def num_bytes(self) -> int:

@@ -77,6 +77,7 @@ class Decoder:
         self.config = config
         self.blocks = tuple(blocks)
         self._names = names
+        self.moves = 0  # how often tensors that programs and graphs point to became others
         self.embedding = Embedding(kernels, names.embedding, config.vocab_size, config.hidden_size)
         self.norm = RmsNorm(kernels, names.norm, config.hidden_size, config.rms_norm_eps)
         self.head: TiedHead | Linear
@@ -98,6 +99,8 @@ class Decoder:
         """
         if cache.program is None:
             return self._forward(batch, cache, meter)
+        if cache.moves != self.moves:
+            cache.program, cache.moves = build_program(self, cache.layers, cache.rotation), self.moves
         return cache.program.run(
             batch.token_ids,
             batch.positions,
@@ -174,7 +177,7 @@ class Decoder:
         positions = min(num_blocks * block_size, self.config.max_position_embeddings)
         rotation = build_rotation(self.config.rope, positions, self._kernels.device)
         program = build_program(self, layers, rotation) if self._kernels.all_from("cpu") else None
-        return Cache(layers, rotation, program)
+        return Cache(layers, rotation, program, self.moves)
 
     def cache_bytes_per_block(self, block_size: int, kv_dtype: str = "auto") -> int:
         dtype = self._cache_dtype(kv_dtype)

@@ -47,14 +47,20 @@ class ExpertWeights:
         self._allocated = False
         self.packed: PackedExperts
 
-    def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """x [T, H], ids int32 [T, top_k], weights [T, top_k] -> [T, H]. KernelError for an id that is not
-        here; on a GPU it adds nothing.
+    def __call__(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        constants: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [T, H], ids int32 [T, top_k], weights [T, top_k] -> [T, H]. Ids from E on name rows of constants
+        float32 [C, H]. KernelError for an id that is not here; on a GPU it adds nothing.
         """
-        slots = self._slots(expert_ids)
+        slots = self._slots(expert_ids, constants)
         if not self.num_slots:
-            return torch.zeros_like(x)
-        result: torch.Tensor = self._kernels.fused_moe(x, slots, weights, self.packed)
+            return _sum_of_constants(x, slots, weights, constants)
+        result: torch.Tensor = self._kernels.fused_moe(x, slots, weights, self.packed, constants)
         return result
 
     def moments(
@@ -80,19 +86,22 @@ class ExpertWeights:
         added: torch.Tensor | None,
         residual: torch.Tensor,
         norm: RmsNorm,
+        constants: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``norm.add`` of the result for x plus ``added`` [T, H]."""
         if not self.num_slots:
-            mixed = self(x, expert_ids, weights)
+            mixed = self(x, expert_ids, weights, constants)
             return norm.add(mixed if added is None else mixed + added, residual)
+        slots = self._slots(expert_ids, constants)
         return self._kernels.fused_moe_add_norm(
-            x, self._slots(expert_ids), weights, self.packed, added, residual, norm.weight, norm.eps
+            x, slots, weights, self.packed, added, residual, norm.weight, norm.eps, constants
         )
 
-    def _slots(self, expert_ids: torch.Tensor) -> torch.Tensor:
+    def _slots(self, expert_ids: torch.Tensor, constants: torch.Tensor | None = None) -> torch.Tensor:
         if self.residence is None:
             return expert_ids
-        slots: torch.Tensor = self._kernels.expert_slots(expert_ids, self.residence)
+        num_constants = 0 if constants is None else len(constants)
+        slots: torch.Tensor = self._kernels.expert_slots(expert_ids, self.residence, num_constants)
         return slots
 
     @property
@@ -148,11 +157,19 @@ class TieredExperts:
         self._host_kernels = host_kernels
         self._link = link
 
-    def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """As ExpertWeights'."""
+    def __call__(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        constants: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As ExpertWeights'; the device has the constants."""
         fetched = self._link.fetch(x, expert_ids, weights)
-        mixed = self.device(x, expert_ids, weights)  # on a GPU: queued, and computed while we go on
-        share = self._host_share(*fetched())
+        mixed = self.device(
+            x, expert_ids, weights, constants
+        )  # on a GPU: queued, and computed while we go on
+        share = self._host_share(*fetched(), has_constants=constants is not None)
         return mixed if share is None else mixed.add_(self._link.send(share))
 
     def add_norm(
@@ -163,18 +180,22 @@ class TieredExperts:
         added: torch.Tensor | None,
         residual: torch.Tensor,
         norm: RmsNorm,
+        constants: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As ExpertWeights'."""
-        mixed = self(x, expert_ids, weights)
+        mixed = self(x, expert_ids, weights, constants)
         return norm.add(mixed if added is None else mixed.add_(added), residual)
 
     def _host_share(
-        self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+        self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, *, has_constants: bool
     ) -> torch.Tensor | None:
         """The sum over the experts that live here, [T, H]; all on the CPU. None where nobody chose one."""
         residence = self.host.residence
         assert residence is not None, "the host never has all experts of a tiered layer"
-        slots = residence.slot_of[expert_ids.long()]
+        slot_of = residence.slot_of
+        if has_constants:  # their ids follow the experts', and none is here
+            slot_of = torch.cat((slot_of, slot_of.new_full((int(expert_ids.max()) + 1,), ELSEWHERE)))
+        slots = slot_of[expert_ids.long()]
         tokens, columns = torch.nonzero(slots >= 0, as_tuple=True)
         if not len(tokens):
             return None
@@ -227,6 +248,20 @@ def placed_experts(
     host_kernels, link = host
     there = ExpertWeights(host_kernels, *shape, slot_of=_slot_numbers(placed, "host"), layer=placed.layer)
     return TieredExperts(device, there, host_kernels, link)
+
+
+def _sum_of_constants(
+    x: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, constants: torch.Tensor | None
+) -> torch.Tensor:
+    """What a home of no expert makes of x [T, H]: slots from 0 on are constants, others are elsewhere."""
+    total = torch.zeros_like(x)
+    if constants is None:
+        return total
+    for column in range(slots.shape[1]):
+        chosen = slots[:, column].long()
+        weight = torch.where(chosen >= 0, weights[:, column], 0.0)
+        total += weight[:, None] * constants[chosen.clamp(min=0)]
+    return total
 
 
 def _slot_numbers(placed: LayerPlacement, here: Tier) -> list[int]:

@@ -13,6 +13,7 @@ from moe_runtime.layers.experts import ExpertWeights, TieredExperts, placed_expe
 from moe_runtime.layers.host_link import HostLink
 from moe_runtime.layers.linear import Linear, Rows
 from moe_runtime.layers.norm import RmsNorm
+from moe_runtime.layers.recovery import RecoveryTables
 from moe_runtime.layers.slots import Place, Slot
 from moe_runtime.model_config import MoeConfig
 from moe_runtime.placement import LayerPlacement
@@ -93,6 +94,7 @@ class MoeMlp:
     No token is ever dropped, and a token's result does not depend on the others. ``masks`` uint8
     [MAX_MASKS, E] is the layer's part of the model's mask table (masks.py writes it): a token whose row is m
     chooses among the experts of masks[m] alone. Rows that nobody has written allow all that are in memory.
+    ``recovery`` is what the rows have for the others.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class MoeMlp:
         self.router = Linear(kernels, hidden, [gate], any_float=True)
         self.selection_bias: torch.Tensor | None = None
         self.masks = torch.ones(MAX_MASKS, config.num_experts, dtype=torch.uint8, device=kernels.device)
+        self.recovery = RecoveryTables(MAX_MASKS, config.num_experts, hidden, kernels.device)
         self.placed: LayerPlacement | None = None  # None: every expert is where the kernels compute
         self.experts: ExpertWeights | TieredExperts
         self.experts = ExpertWeights(kernels, config.num_experts, hidden, config.intermediate_size)
@@ -141,11 +144,14 @@ class MoeMlp:
         # 2. The expert that everyone visits.
         shared = None if self.shared is None else self.shared(x)
         # 3. Their weighted sum, and the rest of the way to the next layer.
-        return self.experts.add_norm(x, expert_ids, weights, shared, residual, norm)
+        constants = self.recovery.constants
+        return self.experts.add_norm(x, expert_ids, weights, shared, residual, norm, constants)
 
     def route(self, x: torch.Tensor, fence: Fence | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, H] -> ids int32 [T, top_k] and their weights float32 [T, top_k], as they are applied."""
-        masks = () if fence is None else (self.masks, fence.rows, fence.meter)
+        """x [T, H] -> ids int32 [T, top_k] and their weights float32 [T, top_k], as they are applied. The ids
+        from E on are those of ``recovery``'s constants.
+        """
+        masks = () if fence is None else (self.masks, fence.rows, fence.meter, self.recovery.routing)
         routed: tuple[torch.Tensor, torch.Tensor] = self._kernels.route_tokens(
             x, self.router.packed, self.spec, self.selection_bias, *masks
         )
@@ -159,7 +165,8 @@ class MoeMlp:
     ) -> None:
         """Say where the experts are to live, before any of them comes; see ``placed_experts``."""
         self.placed = placed
-        self.masks[:, list(placed.experts("absent"))] = 0
+        absent = torch.tensor(placed.experts("absent"), dtype=torch.int64, device=self.masks.device)
+        self.masks.index_fill_(1, absent, 0)  # by a list of ids torch's threads are called for, which costs
         self.experts = placed_experts(
             self._kernels, self._hidden, self.config.intermediate_size, placed, missed, host
         )

@@ -57,7 +57,10 @@ def _layer(make: Descriptors, block: Block, cache: LayerCache) -> Any:
         if not isinstance(moe.experts, ExpertWeights):
             raise TypeError("no program for experts in two memories")
         experts, residence = moe.experts.packed, moe.experts.residence
-        parts["experts"] = make.mixture(experts, moe.spec, router, moe.selection_bias, moe.masks, residence)
+        recovery, constants = moe.recovery.routing, moe.recovery.constants
+        parts["experts"] = make.mixture(
+            experts, moe.spec, router, moe.selection_bias, moe.masks, residence, recovery, constants
+        )
         if moe.shared is not None:
             parts["shared"] = _dense(make, moe.shared)
     elif isinstance(block.mlp, DenseMlp):

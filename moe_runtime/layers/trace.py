@@ -24,6 +24,7 @@ class Mixing:
 
     layer      the decoder layer's number
     residual   float32 [T, H]: the residual stream that the result is added to
+    inputs     [T, H]: what router and experts see of it
     ids        int32 [T, top_k]: the experts chosen
     weights    float32 [T, top_k]: their weights as applied
     squares    float64 [T, top_k]: sum f^2
@@ -33,6 +34,7 @@ class Mixing:
 
     layer: int
     residual: torch.Tensor
+    inputs: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
     squares: torch.Tensor
@@ -94,5 +96,5 @@ def _mixture(
     ids, weights = mlp.route(x, fence)
     shared = None if mlp.shared is None else mlp.shared(x)
     mixed, squares, peaks = mlp.experts.moments(x, ids, weights, watcher.counted, watcher.output_sums(number))
-    watcher.observe(Mixing(number, residual, ids, weights, squares, peaks, mixed))
+    watcher.observe(Mixing(number, residual, x, ids, weights, squares, peaks, mixed))
     return next_norm.add(mixed if shared is None else mixed + shared, residual)

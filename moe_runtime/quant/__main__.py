@@ -19,7 +19,7 @@ import torch
 from moe_runtime import kernels, loader
 from moe_runtime.checkpoint import Checkpoint
 from moe_runtime.config import EngineConfig
-from moe_runtime.device import choose_device, told_as_config_errors
+from moe_runtime.device import choose_device, told_as_config_errors, use
 from moe_runtime.errors import MoeRuntimeError
 from moe_runtime.kernels import Kernels
 from moe_runtime.layers.decoder import Decoder
@@ -103,11 +103,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR")
     parser.add_argument("--quantize-statistics", type=Path, metavar="FILE", help="from quant.statistics")
     parser.add_argument("--backend", choices=("auto", "cpu", "reference", "triton"), default="auto")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="as moe-serve's")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or auto, as moe-serve's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
     arguments = parser.parse_args(argv)
     try:
         place = choose_device(arguments.device, arguments.backend)
+        use(place.device)
         chosen = kernels.choose(arguments.backend, device=place.device)
         with told_as_config_errors(chosen.device):
             rows = measure(arguments.model, chosen, arguments.quantize_statistics)

@@ -1,52 +1,19 @@
-"""Drift: how often it cries wolf, how soon it finds foreign traffic, and what its log must look like.
-
-tests/data/demo_lost_mass.json holds what was measured on the demo (bench/drift.py): of the lost masses of
-prompts under the mask of their own scenario and of the two others, the counts per bin.
-"""
+"""Drift: how often it cries wolf, how soon it finds foreign traffic, and what its log must look like."""
 
 import argparse
 import json
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
 import pytest
+from drift_traffic import SCENARIOS, Traffic
 
 from moe_runtime.errors import PlanError
 from moe_runtime.experts.commands_drift import DRIFT_FOUND, add_arguments, run
 from moe_runtime.experts.drift import REQUESTS_PER_DAY, Detector, Observation, examine, read_log
 
-MEASURED = json.loads((Path(__file__).parent.parent / "data" / "demo_lost_mass.json").read_text())
-SCENARIOS = list(MEASURED["counts"])
 REFERENCE = 2000
-
-
-class Traffic:
-    """Lost masses drawn from what was measured under one scenario's mask."""
-
-    def __init__(self, scenario: str, seed: int) -> None:
-        self._rng = random.Random(seed)
-        self._counts = MEASURED["counts"][scenario]
-        self._scenario = scenario
-
-    def draw(self, origin: str, count: int) -> list[float]:
-        """Prompts of the scenario ``origin``."""
-        found, width = self._counts[origin], MEASURED["bin"]
-        bins = range(found["first"], found["first"] + len(found["counts"]))
-        chosen = self._rng.choices(bins, found["counts"], k=count)
-        return [(number + self._rng.random()) * width for number in chosen]
-
-    def own(self, count: int) -> list[float]:
-        return self.draw(self._scenario, count)
-
-    def mixed(self, count: int, share: float) -> list[float]:
-        """``share`` of them are of the other scenarios."""
-        foreign = [self.draw(name, count) for name in self._counts if name != self._scenario]
-        return [
-            self._rng.choice(foreign)[index] if self._rng.random() < share else mass
-            for index, mass in enumerate(self.own(count))
-        ]
 
 
 def alarms(detector: Detector, masses: list[float]) -> list[int]:

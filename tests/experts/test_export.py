@@ -18,6 +18,7 @@ from world import edit_config, tiny_checkpoint, write_weights
 from moe_runtime.errors import CheckpointError, PlanError
 from moe_runtime.experts import documents
 from moe_runtime.experts.export import GHOST_ROUTER, MANIFEST, MANIFEST_KIND
+from moe_runtime.experts.profile import require_enough
 from moe_runtime.plan import ExpertMask
 
 PROMPT = torch.arange(40, 61)
@@ -87,10 +88,13 @@ def test_layers_of_unequal_size_are_for_our_loader_alone(tmp_path: Path) -> None
     assert (config["num_experts"], config["num_experts_per_layer"]) == (8, [3, 2, 0, 8])
     model = load(tmp_path / "cut", "cpu")
     assert [mixture.config.num_experts for _, mixture in model.mixtures()] == [3, 2, 8]
+    with pytest.raises(PlanError, match="different numbers of experts.*profile the model that it was"):
+        require_enough(tmp_path / "cut", [])
     # What is uneven can be cut again, to layers of one size: then it is a model like any other.
     again = mask_of(tmp_path / "cut", (1, 2), (0, 1), (3, 6))
     exported(tmp_path / "cut", again, tmp_path / "even")
     assert "num_experts_per_layer" not in json.loads((tmp_path / "even" / "config.json").read_text())
+    require_enough(tmp_path / "even", [])
     load(tmp_path / "even", "cpu")
 
 

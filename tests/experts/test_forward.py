@@ -14,6 +14,7 @@ from moe_runtime.experts.forward import Runner
 from moe_runtime.plan import ExpertMask, LayerMask
 
 LENGTHS = (30, 1, 7, 90, 2, 15)  # the fourth one takes several batches
+pytestmark = pytest.mark.usefixtures("compute_device")
 
 
 def documents(seed: int = 0) -> list[list[int]]:
@@ -60,7 +61,7 @@ def test_every_number_is_the_literal_one_for_every_token_and_mask(tiny: Path) ->
                 continue
             logits = []
             for row in (None, mask):
-                with reference._rows([row] if row else []) as rows:
+                with reference.masked([row] if row else []) as rows:
                     cache = reference._new_cache([ids])
                     step = next(iter(reference._steps([ids])))
                     logits.append(reference._logits(step, cache, rows[0] if rows else -1))

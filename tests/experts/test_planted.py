@@ -14,6 +14,7 @@ from moe_runtime.experts.statistics_file import load_statistics
 
 SMALL = EngineConfig(max_batch_tokens=64, block_size=8, packed_file=False)
 FLAGS = ["--max-batch-tokens", "512", "--no-packed-file"]
+pytestmark = pytest.mark.usefixtures("compute_device")
 
 
 def profiled(folder: Path, tmp_path: Path) -> Path:

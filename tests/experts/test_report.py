@@ -18,6 +18,7 @@ from moe_runtime.experts.model_identity import ModelIdentity
 from moe_runtime.experts.plan_file import PlanFile
 from moe_runtime.experts.report import Inputs, gather
 from moe_runtime.experts.report_importance import gini
+from moe_runtime.experts.report_tables import recovery_table
 from moe_runtime.experts.statistics import NUM_BUCKETS, ScenarioStatistics, Shape, Statistics
 from moe_runtime.experts.statistics_file import save_statistics
 from moe_runtime.plan import ExpertMask, LayerMask
@@ -299,6 +300,50 @@ def test_sentences_follow_from_the_numbers(tmp_path: Path) -> None:
     assert found["serving"] == [
         "physical credit against the full model: tokens per second 1.25x at 1, 1.50x at 8."
     ]
+
+
+def test_a_recovery_is_told_beside_the_plan_alone(tmp_path: Path) -> None:
+    statistics = statistics_file(tmp_path, list(KEPT))
+    plan = plan_file(tmp_path / "plan.json", statistics, "credit", KEPT["credit"])
+    change = {"value": -0.0123, "low": -0.02, "high": -0.005}
+    told = {
+        "applied": "constants",
+        "tried": [
+            {"kind": "constants", "digest": "1" * 64, "bytes": 2048, "helps": True, "change": {}},
+            {"kind": "router", "digest": "2" * 64, "bytes": 96, "helps": False, "change": {}},
+        ],
+        "sets": {
+            "credit": {
+                "alone": {"divergence": divergence(0.0437159), "answers": answers(0.9375, 0.75)},
+                "constants": {
+                    "divergence": divergence(0.0314159), "change": change, "answers": answers(0.9375, 0.875),
+                },
+                "router": {
+                    "divergence": divergence(0.0441), "change": {**change, "value": 0.0004, "high": 0.001},
+                    "answers": None,
+                },
+            }
+        },
+    }  # fmt: skip
+    evaluation_file(tmp_path / "evaluation.json", plan, recovery=told)
+    files = ["--plan", str(tmp_path / "plan.json"), "--evaluation", str(tmp_path / "evaluation.json")]
+    body = report(["--statistics", str(tmp_path / "all.stats.safetensors"), *files], tmp_path / "out")
+    assert body["findings"]["recovery"] == [
+        "credit: mean KL changes by constants -28%, router +1%; constants is applied."
+    ]
+    assert "credit: 0.044 nats against 0.777 for random cuts" in body["findings"]["baselines"][0]
+    rows = {row[2]: row for row in recovery_table(body).rows}
+    assert rows["the plan alone"][3:] == [
+        "0.044 (0.038–0.049)", "–", "0.350", "93.8% → 75.0%", "–", "no",
+    ]  # fmt: skip
+    assert rows["with constants"][4:] == [
+        "-0.0123 (-0.0200 to -0.0050)", "0.251", "93.8% → 87.5%", "2.0 KB", "applied",
+    ]  # fmt: skip
+    assert rows["with router correction"][-3:] == ["–", "0.1 KB", "does not help"]
+    text = "".join(Page(tmp_path / "out" / "report.html").text)
+    for found in ("Does it help to make up for missing experts?", "constants, 2.0 KB", "with router"):
+        assert found in text
+    assert "| with constants |" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_what_is_missing_is_told(tmp_path: Path) -> None:

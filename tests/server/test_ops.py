@@ -90,6 +90,7 @@ def test_a_driver_that_fails_for_good_takes_the_server_off_the_road(
     block = dataclasses.replace(engine.engine.model.blocks[0], attention=attention)
     monkeypatch.setattr(engine.engine.model, "blocks", (block, *engine.engine.model.blocks[1:]))
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     with serving(engine) as server, httpx.Client(base_url=server.url) as client:
         assert client.post("/v1/completions", json=BODY | {"max_tokens": 2}).status_code == 200
         # From here on the model is on a GPU, as far as the engine can tell.

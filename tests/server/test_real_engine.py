@@ -10,13 +10,14 @@ from typing import Any
 
 import openai
 import pytest
+from devices import ComputeDevice
 from serving import MODEL, Running, serving, tiny_engine
 
 HELLO: Any = [{"role": "user", "content": "利率是多少? What is the rate?"}]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(tmp_path_factory: pytest.TempPathFactory, compute_device: ComputeDevice) -> Iterator[Running]:
     with serving(tiny_engine(tmp_path_factory.mktemp("model"))) as running:
         yield running
 
@@ -114,7 +115,12 @@ def test_the_same_seed_gives_the_same_text_in_a_crowd(client: openai.OpenAI) -> 
     assert crowd == alone * 8
 
 
-def test_a_scored_prompt_has_the_logprobs_it_had_when_generated(client: openai.OpenAI) -> None:
+def test_a_scored_prompt_has_the_logprobs_it_had_when_generated(
+    client: openai.OpenAI, compute_device: ComputeDevice
+) -> None:
+    """On a device generated tokens are scored there, in float32, and prompts on the host, in float64: the
+    numbers, between -16 and 0, may differ by two roundings.
+    """
     greedy = client.completions.create(
         model=MODEL, prompt=[65, 66], temperature=0, max_tokens=4, logprobs=0, extra_body={"ignore_eos": True}
     )
@@ -127,7 +133,9 @@ def test_a_scored_prompt_has_the_logprobs_it_had_when_generated(client: openai.O
         model=MODEL, prompt=[65, 66, *answer], echo=True, max_tokens=0, logprobs=0
     )
     assert scored.choices[0].logprobs is not None
-    assert (scored.choices[0].logprobs.token_logprobs or [])[2:] == generated.token_logprobs
+    bound = 0.0 if compute_device.name == "cpu" else 2 * 2**-20
+    known = (scored.choices[0].logprobs.token_logprobs or [])[2:]
+    assert known == pytest.approx(generated.token_logprobs, abs=bound, rel=0.0)
 
 
 def test_prompt_words_that_look_like_the_template_cannot_end_a_turn(

@@ -20,6 +20,7 @@ from moe_runtime.engine import Engine
 from moe_runtime.errors import ConfigError, PlanError
 from moe_runtime.experts.commands_scenarios import add_arguments, run
 from moe_runtime.experts.registry import placement_of
+from moe_runtime.output import TokenEvent
 from moe_runtime.server.scenarios import open_scenarios
 from moe_runtime.server.service import build_service, read_admin_token
 from moe_runtime.server.settings import ServerConfig
@@ -27,6 +28,7 @@ from moe_runtime.server.settings import ServerConfig
 TOKEN = "an admin token of some length"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
 ENGINE = EngineConfig(max_context=512, cache_bytes=1 << 22, threads=1, packed_file=False)
+pytestmark = pytest.mark.usefixtures("compute_device")
 
 
 @pytest.fixture
@@ -123,14 +125,24 @@ def test_what_may_not_be_served_is_refused_and_nothing_changes(server: Running, 
         assert ask(server, name).status_code == 404
 
 
-def test_a_leaving_scenario_refuses_new_requests_and_finishes_its_streams(server: Running) -> None:
+def test_a_leaving_scenario_refuses_new_requests_and_finishes_its_streams(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     body = {"model": "tiny:credit", "prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True,
             "temperature": 0, "seed": 1}  # fmt: skip
     expected = ask(server, "credit", prompt="a", max_tokens=400, ignore_eos=True).json()["choices"][0]["text"]
-    answers = []
+    answers, may_step, step = [], threading.Event(), server.engine.engine.step
+
+    def held_step() -> list[TokenEvent]:
+        assert may_step.wait(30)
+        return step()
+
+    may_step.set()
+    monkeypatch.setattr(server.engine.engine, "step", held_step)
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as stream:
         lines = stream.iter_lines()
         kept = [next(lines)]
+        may_step.clear()
         leaver = threading.Thread(target=lambda: answers.append(admin(server, "DELETE", "credit")))
         leaver.start()
         assert server.wait_until(lambda: server.service.scenarios.state("credit") == "leaving")
@@ -140,6 +152,7 @@ def test_a_leaving_scenario_refuses_new_requests_and_finishes_its_streams(server
         assert admin(server, "POST", "credit").json()["error"]["code"] == "scenario_conflict"
         cards = httpx.get(f"{server.url}/v1/models").json()["data"]
         assert [card["scenario"]["state"] for card in cards if "scenario" in card] == ["leaving"]
+        may_step.set()
         kept += lines
     leaver.join(30)
     assert answers[0].json() == {"name": "credit", "state": "gone"}
@@ -153,6 +166,7 @@ def resident(server: Running) -> int:
     return round(float(next(line for line in lines if line.startswith("moe_experts_resident ")).split()[1]))
 
 
+@pytest.mark.cpu_only("elsewhere experts do not come and go")
 def test_a_subset_server_reads_the_experts_of_who_comes_and_gives_up_those_of_who_goes(
     model: Path, token: Path
 ) -> None:
@@ -168,7 +182,9 @@ def test_a_subset_server_reads_the_experts_of_who_comes_and_gives_up_those_of_wh
         assert admin(server, "DELETE", "credit").json()["state"] == "gone"
         assert resident(server) == 6
         assert ask(server, "wealth").json()["choices"] == expected["wealth"]
-        (model / "scenarios" / "credit" / "policy.json").write_text('{"threshold": 1, "action": "fallback"}')
+        (model / "scenarios" / "credit" / "policy.json").write_text(
+            '{"threshold": 0.9, "action": "fallback"}'
+        )
         refused = admin(server, "POST", "credit")
         assert refused.status_code == 422 and "falls back to the full model" in refused.text
         assert resident(server) == 6

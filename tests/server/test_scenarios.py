@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from devices import ComputeDevice
 from scenario_files import some_mask, write_scenario
 from serving import Running, serving_service
 from world import tiny_checkpoint
@@ -18,7 +19,7 @@ from world import tiny_checkpoint
 from moe_runtime.async_engine import AsyncEngine
 from moe_runtime.config import EngineConfig
 from moe_runtime.engine import Engine
-from moe_runtime.errors import ConfigError
+from moe_runtime.errors import ConfigError, PlanError
 from moe_runtime.experts.registry import placement_of
 from moe_runtime.plan import ExpertMask
 from moe_runtime.server.scenarios import open_scenarios
@@ -27,6 +28,7 @@ from moe_runtime.server.settings import ServerConfig
 
 ENGINE = EngineConfig(max_context=256, cache_bytes=1 << 22, threads=1, packed_file=False)
 PROMPTS = ["What is the rate?", "利率是多少？", "A third text, somewhat longer than the others."]
+pytestmark = pytest.mark.usefixtures("compute_device")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def served(model: Path, **options: Any) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[Running]:
+def server(model: Path, compute_device: ComputeDevice) -> Iterator[Running]:
     with served(model) as running:
         yield running
 
@@ -288,6 +290,24 @@ def test_a_subset_server_holds_its_scenarios_experts_alone(model: Path, server: 
 def test_wrong_lists_of_scenarios_end_the_start(model: Path, names: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         open_scenarios(model, ServerConfig(scenarios=names))
+
+
+def test_a_policy_that_cannot_be_obeyed_is_refused_before_the_weights_are_read(
+    model: Path, tmp_path: Path
+) -> None:
+    reason = "falls back to the full model, of which this server holds a part"
+    with pytest.raises(PlanError, match=f"'open': its policy {reason}"):
+        open_scenarios(model, ServerConfig(scenarios="credit,open"))
+    assert "open" in open_scenarios(model, ServerConfig())
+    whole = ExpertMask.full({0: 8, 1: 8})
+    write_scenario(tmp_path / "all", model, "all", whole, {"threshold": 0.5, "action": "fallback"})
+    open_scenarios(model, ServerConfig(scenario_dir=tmp_path / "all", scenarios="all"))  # nothing is absent
+    flat = tiny_checkpoint(tmp_path / "flat", num_hidden_layers=1)
+    for name, policy in (("plain", None), ("strict", {"threshold": 0.5, "action": "reject"})):
+        write_scenario(flat / "scenarios", flat, name, some_mask(flat, 3, 0), policy)
+    found = open_scenarios(flat, ServerConfig())
+    assert [scenario.name for scenario in found] == ["plain"]
+    assert "lost mass is measured before the last layer" in found.refused["strict"]
 
 
 def test_an_uncertified_scenario_is_left_out_and_says_why(model: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def _summed(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_constants"])
 def _combine_kernel(
     rows, ids, weights, constants, added, out, hidden, num_experts, num_constants,
     TOP_K: tl.constexpr, COLUMNS: tl.constexpr,
@@ -61,7 +61,7 @@ def _combine_kernel(
     tl.store(out + token * hidden + columns, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_constants"])
 def _combine_add_norm_kernel(
     rows, ids, weights, constants, added, residual, norm_weight, eps, normed, out, hidden, num_experts,
     num_constants, TOP_K: tl.constexpr, COLUMNS: tl.constexpr,

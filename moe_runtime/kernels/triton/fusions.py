@@ -7,6 +7,7 @@ import torch
 from moe_runtime.kernels.checks import failure
 from moe_runtime.kernels.meter import RouteMeter
 from moe_runtime.kernels.packed import RouterSpec
+from moe_runtime.kernels.route_recovery import RouteRecovery
 from moe_runtime.kernels.triton.fused_moe import fused_moe_add_norm
 from moe_runtime.kernels.triton.rope import rope_write_cache
 from moe_runtime.kernels.triton.router import NUM_ARRIVALS, route_tokens
@@ -30,6 +31,7 @@ class TritonFusions:
         masks: torch.Tensor | None,
         mask_rows: torch.Tensor | None,
         meter: RouteMeter | None,
+        recovery: RouteRecovery | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same launch for every number of tokens, so that a token's choice is the same in any company."""
         if router.heads != 1 or not router.format.is_plain:
@@ -37,7 +39,7 @@ class TritonFusions:
             raise failure("route_tokens", "router", expected, f"{router.heads} of {router.format}")
         weight = router.data[0, :, : router.in_features]
         ids, weights, _ = route_tokens(
-            x, weight, spec, bias, masks, mask_rows, arrivals=self._arrivals, meter=meter
+            x, weight, spec, bias, masks, mask_rows, arrivals=self._arrivals, meter=meter, recovery=recovery
         )
         return ids, weights
 
@@ -51,7 +53,8 @@ class TritonFusions:
         residual: torch.Tensor,
         norm_weight: torch.Tensor,
         eps: float,
+        constants: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return fused_moe_add_norm(
-            x, expert_ids, expert_weights, experts, residual, norm_weight, eps, added=added
+            x, expert_ids, expert_weights, experts, residual, norm_weight, eps, constants, added
         )

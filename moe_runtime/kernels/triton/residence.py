@@ -3,7 +3,8 @@
 
 A device cannot raise an error. An expert without a place keeps the negative number that the map has for it,
 which fused_moe.py leaves out; choices of experts that nobody computes are counted, for the host to look at.
-A negative id, of a row that only pads a batch, chooses nothing.
+A negative id, of a row that only pads a batch, chooses nothing. The ids of constants follow the experts', and
+become those after the experts that are here.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from moe_runtime.kernels.triton.arguments import check
 PAIRS = 256  # of a program
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs", "num_constants"])
 def _expert_slots_kernel(
-    ids, slot_of, slots, missed, num_pairs, num_experts, ABSENT_SLOT: tl.constexpr, NO_SLOT: tl.constexpr,
-    PAIRS: tl.constexpr,
+    ids, slot_of, slots, missed, num_pairs, num_experts, num_slots, num_constants,
+    ABSENT_SLOT: tl.constexpr, NO_SLOT: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """slots [pairs]; ``missed`` grows by the absent ones."""
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
@@ -32,13 +33,15 @@ def _expert_slots_kernel(
     known = (expert >= 0) & (expert < num_experts)
     slot = tl.load(slot_of + expert, mask=inside & known, other=ABSENT_SLOT)
     slot = tl.where(expert < 0, NO_SLOT, slot)
+    constant = expert - num_experts
+    slot = tl.where((constant >= 0) & (constant < num_constants), num_slots + constant, slot)
     tl.store(slots + pair, slot, mask=inside)
     absent = tl.sum((inside & (slot == ABSENT_SLOT)).to(tl.int32), 0)
     if absent > 0:
         tl.atomic_add(missed, absent.to(tl.int64))
 
 
-def expert_slots(expert_ids: torch.Tensor, residence: Residence) -> torch.Tensor:
+def expert_slots(expert_ids: torch.Tensor, residence: Residence, num_constants: int = 0) -> torch.Tensor:
     """ids int32 [T, top_k] -> int32 [T, top_k]"""
     op, device = "expert_slots", residence.slot_of.device
     check_dims(op, "expert_ids", expert_ids, 2)
@@ -49,7 +52,8 @@ def expert_slots(expert_ids: torch.Tensor, residence: Residence) -> torch.Tensor
     if num_pairs:
         _expert_slots_kernel[(triton.cdiv(num_pairs, PAIRS),)](
             expert_ids, residence.slot_of, slots, residence.missed, num_pairs, num_experts,
-            ABSENT_SLOT=ABSENT, NO_SLOT=ELSEWHERE, PAIRS=PAIRS, num_warps=4,
+            residence.num_slots, num_constants, ABSENT_SLOT=ABSENT, NO_SLOT=ELSEWHERE, PAIRS=PAIRS,
+            num_warps=4,
         )  # fmt: skip
     return slots
 
@@ -57,12 +61,13 @@ def expert_slots(expert_ids: torch.Tensor, residence: Residence) -> torch.Tensor
 # --- ahead of time ------------------------------------------------------------------------------------------
 
 _POINTERS = {"ids": "*i32", "slot_of": "*i32", "slots": "*i32", "missed": "*i64"}
+_SIZES = ("num_pairs", "num_experts", "num_slots", "num_constants")
 _CONSTANTS = {"ABSENT_SLOT": ABSENT, "NO_SLOT": ELSEWHERE, "PAIRS": PAIRS}
 AOT_CASES = (
     AotCase(
         f"{PAIRS} pairs",
         _expert_slots_kernel,
-        _POINTERS | {"num_pairs": "i32", "num_experts": "i32"} | dict.fromkeys(_CONSTANTS, "constexpr"),
+        _POINTERS | dict.fromkeys(_SIZES, "i32") | dict.fromkeys(_CONSTANTS, "constexpr"),
         _CONSTANTS,
         4,
         3,

@@ -26,9 +26,15 @@ import triton.language as tl
 from moe_runtime.kernels.checks import check_dims
 from moe_runtime.kernels.meter import RouteMeter
 from moe_runtime.kernels.packed import RouterSpec
+from moe_runtime.kernels.route_recovery import RouteRecovery
 from moe_runtime.kernels.triton.aot_case import AotCase
 from moe_runtime.kernels.triton.arguments import PLAIN_DTYPES, check
-from moe_runtime.kernels.triton.router_arguments import checked_masks, checked_sums, new_results
+from moe_runtime.kernels.triton.router_arguments import (
+    checked_masks,
+    checked_recovery,
+    checked_sums,
+    new_results,
+)
 from moe_runtime.kernels.triton.router_rows import expert_tile, model_rules, route_rows
 from moe_runtime.kernels.triton.tiles import (
     BLOCK_TOKENS,
@@ -46,7 +52,8 @@ VARYING = ("num_tokens", "num_masks")  # from step to step: their values must no
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=["mask_rows"])
 def _route_kernel(
-    logits, bias, masks, mask_rows, ids, weights, lost, outside, num_tokens, num_masks, ROWS: tl.constexpr,
+    logits, bias, masks, mask_rows, offsets, stand_ins, ids, weights, lost, outside, num_tokens, num_masks,
+    ROWS: tl.constexpr,
     NUM_EXPERTS: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr,
     SIZE_PADDED: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr, TOP_K: tl.constexpr,
     SIGMOID: tl.constexpr, BY_LOGIT: tl.constexpr, SOFTMAX_AFTER: tl.constexpr, NORMALISE: tl.constexpr,
@@ -57,9 +64,9 @@ def _route_kernel(
     at = tokens[:, None, None].to(tl.int64) * NUM_EXPERTS + index
     tile = tl.load(logits + at, mask=real & (tokens[:, None, None] < num_tokens), other=0.0)
     route_rows(
-        tile, tokens, index, real, bias, masks, mask_rows, ids, weights, None, lost, outside, num_tokens,
-        num_masks, NUM_EXPERTS, NUM_GROUPS, TOPK_GROUPS, TOP2, TOP_K, SIGMOID, BY_LOGIT, SOFTMAX_AFTER,
-        NORMALISE, EPSILON, SCALING,
+        tile, tokens, index, real, bias, masks, mask_rows, offsets, stand_ins, ids, weights, None, lost,
+        outside, num_tokens, num_masks, NUM_EXPERTS, NUM_GROUPS, TOPK_GROUPS, TOP2, TOP_K, SIGMOID, BY_LOGIT,
+        SOFTMAX_AFTER, NORMALISE, EPSILON, SCALING,
     )  # fmt: skip
 
 
@@ -70,23 +77,26 @@ def route(
     masks: torch.Tensor | None = None,
     mask_rows: torch.Tensor | None = None,
     meter: RouteMeter | None = None,
+    recovery: RouteRecovery | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logits [T, E], bias [E], masks [M, E], mask_rows [T] -> ids int32, weights float32, both [T, top_k].
 
-    With masks ``meter`` is added to in the same launch, which chooses a second time, without them.
+    With masks ``meter`` is added to in the same launch, which chooses a second time, without them, and
+    ``recovery`` says what is done about the experts that they forbid.
     """
     check_dims("route", "logits", logits, 2)
     tokens, num_experts = logits.shape
     check("route", "logits", logits, (tokens, num_experts), logits.device)
     rules = model_rules(spec, num_experts, bias is not None)
     masks, num_masks = checked_masks("route", tokens, num_experts, bias, masks, mask_rows, logits.device)
+    recovers = checked_recovery("route", masks, recovery, logits.device)
     lost, outside = checked_sums("route", tokens, masks, meter, logits.device)
     ids, weights = new_results(tokens, spec.top_k, logits.device)
     if tokens:
         rows = rows_per_program(rules["GROUPS_PADDED"] * rules["SIZE_PADDED"])
         _route_kernel[(triton.cdiv(tokens, rows),)](
-            logits, bias, masks, mask_rows, ids, weights, lost, outside, tokens, num_masks, rows, **rules,
-            num_warps=4,
+            logits, bias, masks, mask_rows, *recovers, ids, weights, lost, outside, tokens, num_masks, rows,
+            **rules, num_warps=4,
         )  # fmt: skip
     return ids, weights
 
@@ -124,8 +134,8 @@ def _partial_logits(
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=["mask_rows"])
 def _route_tokens_kernel(
-    x, weight, bias, masks, mask_rows, partials, arrivals, ids, weights, histogram, lost, outside,
-    num_tokens, num_masks, HIDDEN: tl.constexpr, STRIDE: tl.constexpr, BLOCK_T: tl.constexpr,
+    x, weight, bias, masks, mask_rows, offsets, stand_ins, partials, arrivals, ids, weights, histogram, lost,
+    outside, num_tokens, num_masks, HIDDEN: tl.constexpr, STRIDE: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, ROWS: tl.constexpr,
     NUM_EXPERTS: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr,
     SIZE_PADDED: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr, TOP_K: tl.constexpr,
@@ -156,9 +166,9 @@ def _route_tokens_kernel(
                 # From the second-level cache: the first may not have seen other processors' stores.
                 logits += tl.load(partials + at, mask=known, other=0.0, cache_modifier=".cg")
             route_rows(
-                logits, tokens, index, real, bias, masks, mask_rows, ids, weights, histogram, lost, outside,
-                num_tokens, num_masks, NUM_EXPERTS, NUM_GROUPS, TOPK_GROUPS, TOP2, TOP_K, SIGMOID, BY_LOGIT,
-                SOFTMAX_AFTER, NORMALISE, EPSILON, SCALING,
+                logits, tokens, index, real, bias, masks, mask_rows, offsets, stand_ins, ids, weights,
+                histogram, lost, outside, num_tokens, num_masks, NUM_EXPERTS, NUM_GROUPS, TOPK_GROUPS, TOP2,
+                TOP_K, SIGMOID, BY_LOGIT, SOFTMAX_AFTER, NORMALISE, EPSILON, SCALING,
             )  # fmt: skip
 
 
@@ -172,9 +182,11 @@ def route_tokens(
     histogram: bool = False,
     arrivals: torch.Tensor | None = None,
     meter: RouteMeter | None = None,
+    recovery: RouteRecovery | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """x [T, H], router_weight [E, H], its rows perhaps padded -> what ``route`` gives for
-    x @ router_weight.T, and with ``histogram`` how often each expert was chosen, int32 [E].
+    x @ router_weight.T, and with ``histogram`` how often each expert was chosen, int32 [E]; what stands in
+    for one does not count.
 
     ``arrivals``: zeros int32 [NUM_ARRIVALS] that the launch leaves as zeros. A caller that keeps one for each
     stream saves the launch that clears a new one.
@@ -188,6 +200,7 @@ def route_tokens(
     check(op, "router_weight", router_weight[:1], (1, hidden), device, PLAIN_DTYPES)
     rules = model_rules(spec, num_experts, bias is not None)
     masks, num_masks = checked_masks(op, tokens, num_experts, bias, masks, mask_rows, device)
+    recovers = checked_recovery(op, masks, recovery, device)
     lost, outside = checked_sums(op, tokens, masks, meter, device)
     ids, weights = new_results(tokens, spec.top_k, device)
     counts = torch.zeros(num_experts, dtype=torch.int32, device=device) if histogram else None
@@ -204,9 +217,9 @@ def route_tokens(
         _route_tokens_kernel[
             (triton.cdiv(num_experts, tiles.block_experts) * splits, triton.cdiv(rows, BLOCK_TOKENS))
         ](
-            x[part], router_weight, bias, masks, None if mask_rows is None else mask_rows[part], partials,
-            arrivals, ids[part], weights[part], counts, None if lost is None else lost[part], outside, rows,
-            num_masks, **_pieces(hidden, router_weight.stride(0), tiles), **rules,
+            x[part], router_weight, bias, masks, None if mask_rows is None else mask_rows[part], *recovers,
+            partials, arrivals, ids[part], weights[part], counts, None if lost is None else lost[part],
+            outside, rows, num_masks, **_pieces(hidden, router_weight.stride(0), tiles), **rules,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
     return ids, weights, counts
@@ -242,7 +255,7 @@ _SPECS = MappingProxyType(
 
 def _aot_cases(name: str) -> Iterator[AotCase]:
     """One model's router with masks, and with a bias where its scores are sigmoids; from hidden states also
-    with a meter.
+    with a meter, and with that and a recovery.
     """
     num_experts, hidden, spec = _SPECS[name]
     has_bias = spec.scoring == "sigmoid"
@@ -252,7 +265,9 @@ def _aot_cases(name: str) -> Iterator[AotCase]:
     given = {"bias": "*fp32" if has_bias else "constexpr", "masks": "*u8", "mask_rows": "*i32"}
     results = {"ids": "*i32", "weights": "*fp32"}
     sizes = {"num_tokens": "i32", "num_masks": "i32"}
-    unmetered = {"lost": "constexpr", "outside": "constexpr"}
+    plain = dict.fromkeys(("offsets", "stand_ins"), "constexpr")
+    unmetered = dict.fromkeys(("lost", "outside"), "constexpr")
+    metered, recovering = {"lost": "*fp32", "outside": "*i64"}, {"offsets": "*fp32", "stand_ins": "*i32"}
 
     def case(
         kind: str, kernel: Any, arguments: dict[str, str], values: dict[str, Any], stages: int
@@ -262,16 +277,17 @@ def _aot_cases(name: str) -> Iterator[AotCase]:
         pointers = tuple(key for key, kind in arguments.items() if kind[0] == "*" and key != "mask_rows")
         return AotCase(f"{kind}-{name}", kernel, signature, values, 4, stages, pointers)
 
-    arguments = {"logits": "*fp32"} | given | results | unmetered | sizes
+    arguments = {"logits": "*fp32"} | given | plain | results | unmetered | sizes
     yield case("route", _route_kernel, arguments, {"ROWS": rows_per_program(padded)} | rules, 1)
     constants = _pieces(hidden, hidden, tiles) | rules
+    variants = (("", plain, unmetered), ("-metered", plain, metered), ("-recovering", recovering, metered))
     for dtype in ("bf16", "fp16", "fp32") if name == "qwen3_moe" else ("bf16",):
-        for meter in (unmetered, {"lost": "*fp32", "outside": "*i64"}) if dtype == "bf16" else (unmetered,):
-            arguments = {"x": "*fp32", "weight": f"*{dtype}"} | given
+        for kind, recovery, meter in variants if dtype == "bf16" else variants[:1]:
+            arguments = {"x": "*fp32", "weight": f"*{dtype}"} | given | recovery
             arguments |= {"partials": "*fp32", "arrivals": "*i32"} | results | {"histogram": "*i32"}
-            kind = f"route_tokens-{dtype}{'' if meter is unmetered else '-metered'}"
+            arguments |= meter | sizes
             stages = tiles.num_stages
-            yield case(kind, _route_tokens_kernel, arguments | meter | sizes, constants, stages)
+            yield case(f"route_tokens-{dtype}{kind}", _route_tokens_kernel, arguments, constants, stages)
 
 
 AOT_CASES = tuple(case for name in _SPECS for case in _aot_cases(name))

@@ -1,4 +1,4 @@
-"""What the two ways of router.py check alike: masks, a meter; and where the choices go."""
+"""What the two ways of router.py check alike: masks, recovery, a meter; and where the choices go."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from moe_runtime.errors import KernelError
 from moe_runtime.kernels.checks import check_dims
 from moe_runtime.kernels.meter import RouteMeter
+from moe_runtime.kernels.route_recovery import RouteRecovery
 from moe_runtime.kernels.triton.arguments import check
 
 
@@ -30,6 +31,19 @@ def checked_masks(
     check(op, "masks", masks, (masks.shape[0], num_experts), device, (torch.uint8, torch.bool))
     check(op, "mask_rows", mask_rows, (tokens,), device, (torch.int32,))
     return masks.view(torch.uint8), masks.shape[0]
+
+
+def checked_recovery(
+    op: str, masks: torch.Tensor | None, recovery: RouteRecovery | None, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Its ``offsets`` and ``stand_ins``."""
+    if recovery is None:
+        return None, None
+    if masks is None:
+        raise KernelError(f"{op}: recovery, expected with masks and mask_rows alone")
+    check(op, "offsets", recovery.offsets, masks.shape, device)
+    check(op, "stand_ins", recovery.stand_ins, masks.shape, device, (torch.int32,))
+    return recovery.offsets, recovery.stand_ins
 
 
 def checked_sums(

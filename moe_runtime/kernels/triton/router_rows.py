@@ -113,11 +113,10 @@ def _chosen_groups(
 
 
 @triton.jit
-def _may(row, index, inside, masks, num_masks, NUM_EXPERTS: tl.constexpr):
-    """bool [ROWS, G, S]: what the mask of each token says, ``row`` [ROWS, 1, 1] of ``masks``."""
+def _by_row(table, row, index, inside, num_masks, other, NUM_EXPERTS: tl.constexpr):
+    """[ROWS, G, S]: what row ``row`` [ROWS, 1, 1] of ``table`` [M, E] says of each expert, else ``other``."""
     inside = inside & (row >= 0) & (row < num_masks)
-    may = tl.load(masks + row.to(tl.int64) * NUM_EXPERTS + index, mask=inside, other=0)
-    return (row == -1) | (may != 0)
+    return tl.load(table + row.to(tl.int64) * NUM_EXPERTS + index, mask=inside, other=other)
 
 
 @triton.jit
@@ -197,13 +196,15 @@ def _add_lost(lost, tokens, obeys, allowed, weight, num_tokens):
 
 @triton.jit
 def route_rows(
-    logits, tokens, index, real, bias, masks, mask_rows, ids, weights, histogram, lost, outside, num_tokens,
-    num_masks, NUM_EXPERTS: tl.constexpr, NUM_GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr,
-    TOP2: tl.constexpr, TOP_K: tl.constexpr, SIGMOID: tl.constexpr, BY_LOGIT: tl.constexpr,
+    logits, tokens, index, real, bias, masks, mask_rows, offsets, stand_ins, ids, weights, histogram, lost,
+    outside, num_tokens, num_masks,
+    NUM_EXPERTS: tl.constexpr, NUM_GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr, TOP2: tl.constexpr,
+    TOP_K: tl.constexpr, SIGMOID: tl.constexpr, BY_LOGIT: tl.constexpr,
     SOFTMAX_AFTER: tl.constexpr, NORMALISE: tl.constexpr, EPSILON: tl.constexpr, SCALING: tl.constexpr,
 ):  # fmt: skip
     """logits [ROWS, G, S] of ``tokens`` [ROWS] -> ids and weights in memory; expert ``index`` is ``real``.
-    ``lost`` and ``outside`` are a RouteMeter's, with masks only.
+    ``lost`` and ``outside`` are a RouteMeter's, ``offsets`` and ``stand_ins`` a RouteRecovery's; with masks
+    only.
     """
     # 1. Finite logits; the race is among the allowed.
     known = tokens[:, None, None] < num_tokens
@@ -211,7 +212,9 @@ def route_rows(
     allowed = inside
     if masks is not None:
         row = tl.load(mask_rows + tokens, mask=tokens < num_tokens, other=-1)[:, None, None]
-        allowed = inside & _may(row, index, inside, masks, num_masks, NUM_EXPERTS)
+        may = _by_row(masks, row, index, inside, num_masks, 0, NUM_EXPERTS)
+        allowed = inside & ((row == -1) | (may != 0))
+    given = logits
     logits = tl.where(logits > -FLOAT_MAX, tl.minimum(logits, FLOAT_MAX), -FLOAT_MAX)
 
     # 2. The choice without masks, for what they take away. First, so that nothing waits for it in registers.
@@ -222,22 +225,30 @@ def route_rows(
         )  # fmt: skip
         _add_lost(lost, tokens, row != NOBODY_ROW, allowed, free_weight, num_tokens)
 
-    # 3. The choice. A row that pads the batch gets ids of -1.
-    names = index
+    # 3. The choice. A row that pads the batch gets ids of -1, who stands in for an expert its own.
+    names, racing = index, allowed
     if masks is not None:
         names = tl.where(row == NOBODY_ROW, -1, index)
+    if stand_ins is not None:
+        logits = given + _by_row(offsets, row, index, inside, num_masks, 0.0, NUM_EXPERTS)
+        logits = tl.where(logits > -FLOAT_MAX, tl.minimum(logits, FLOAT_MAX), -FLOAT_MAX)
+        stand_in = _by_row(stand_ins, row, index, inside, num_masks, -1, NUM_EXPERTS)
+        is_constant = (allowed == 0) & (stand_in >= 0)
+        names = tl.where(is_constant, NUM_EXPERTS + stand_in, names)
+        racing = allowed | is_constant
     place, weight = _choose(
-        logits, allowed, real, known, index, bias, NUM_GROUPS, TOPK_GROUPS, TOP2, TOP_K, SIGMOID, BY_LOGIT,
+        logits, racing, real, known, index, bias, NUM_GROUPS, TOPK_GROUPS, TOP2, TOP_K, SIGMOID, BY_LOGIT,
         SOFTMAX_AFTER, NORMALISE, EPSILON, SCALING,
     )  # fmt: skip
     won = place >= 0
+    dispatched = won & (names >= 0) & (names < NUM_EXPERTS)
     at = tokens[:, None, None].to(tl.int64) * TOP_K + place
     tl.store(ids + at, names, mask=won)
     tl.store(weights + at, weight, mask=won)
     if histogram is not None:
-        tl.atomic_add(histogram + index, 1, mask=won & (names >= 0), sem="relaxed")
+        tl.atomic_add(histogram + index, 1, mask=dispatched, sem="relaxed")
     if outside is not None:
-        strays = won & (allowed == 0) & (row != NOBODY_ROW)
+        strays = dispatched & (allowed == 0)
         count = tl.sum(tl.sum(tl.sum(strays.to(tl.int32), 2), 1), 0)
         if count > 0:
             tl.atomic_add(outside, count.to(tl.int64), sem="relaxed")

@@ -53,7 +53,8 @@ void one_linear(const LinearCase& c, int32_t format, Random& random, Outputs& ou
 
 struct MoeCase {
   int64_t tokens, top_k, hidden, intermediate, experts;
-  bool one_expert;  // takes everything
+  bool one_expert;  // takes everything, but for what constants take
+  int64_t constants = 0;
 };
 
 struct Expert {
@@ -95,16 +96,26 @@ void one_moe(const MoeCase& c, int32_t format, Random& random, Outputs& outputs)
   const Buffer<float> x = normals(random, c.tokens * c.hidden), weights = normals(random, c.tokens * c.top_k);
   Buffer<int32_t> ids(c.tokens * c.top_k);
   for (int64_t i = 0; i < ids.size(); ++i) {
-    ids[i] = (int32_t)(c.one_expert ? c.experts - 1 : (int64_t)random.below((uint64_t)c.experts));
+    const int64_t first = c.one_expert ? c.experts - 1 : 0;
+    ids[i] = (int32_t)(first + (int64_t)random.below((uint64_t)(c.experts + c.constants - first)));
   }
+  const Buffer<float> constants = normals(random, c.constants * c.hidden);
   Buffer<float> out(c.tokens * c.hidden);
   fused_moe(x.data(), ids.data(), weights.data(), gate_up.data(), down.data(),
-            {c.tokens, c.top_k, c.hidden, c.intermediate, c.experts}, format, out.data());
+            {c.tokens, c.top_k, c.hidden, c.intermediate, c.experts}, format, out.data(), {constants.data(), c.constants});
   outputs.keep(out);
   for (int64_t t = 0; outputs.naive && t < c.tokens; ++t) {
     std::vector<Number> total((size_t)c.hidden, Number{0, 1e-6});
     for (int64_t s = t * c.top_k; s < (t + 1) * c.top_k; ++s) {
-      add_expert(experts[(size_t)ids[s]], x.data() + t * c.hidden, weights[s], total);
+      if (ids[s] < c.experts) {
+        add_expert(experts[(size_t)ids[s]], x.data() + t * c.hidden, weights[s], total);
+        continue;
+      }
+      for (int64_t j = 0; j < c.hidden; ++j) {
+        const double part = (double)weights[s] * constants[(ids[s] - c.experts) * c.hidden + j];
+        total[(size_t)j].value += part;
+        total[(size_t)j].error += 0x1p-22 * std::fabs(part);
+      }
     }
     for (int64_t j = 0; j < c.hidden; ++j) expect("fused_moe", out[t * c.hidden + j], total[(size_t)j]);
   }
@@ -128,6 +139,7 @@ void check_moe(Outputs& outputs) {
   const MoeCase cases[] = {
       {0, 1, 32, 16, 2, false},  {1, 1, 48, 16, 1, false}, {2, 3, 33, 40, 3, false},
       {17, 2, 72, 96, 8, false}, {40, 1, 65, 31, 4, true}, {1, 4, 320, 208, 6, false},
+      {19, 3, 70, 40, 2, false, 3}, {2, 1, 33, 16, 1, true, 9},
   };
   for (const int32_t format : kFormats) {
     for (const MoeCase& c : cases) one_moe(c, format, random, outputs);

@@ -59,7 +59,9 @@ void one_rope(int64_t tokens, int64_t heads, int64_t dim, int64_t half, bool int
   }
 }
 
-void one_route(int64_t tokens, int64_t experts, const RouterRules& rules, bool with_bias, Random& random, Outputs& outputs) {
+// `recovers`: who the second mask forbids has a constant, and the third one's logits are moved.
+void one_route(int64_t tokens, int64_t experts, const RouterRules& rules, bool with_bias, bool recovers, Random& random,
+               Outputs& outputs) {
   Buffer<float> logits = normals(random, tokens * experts);
   const Buffer<float> bias = normals(random, experts);
   for (int64_t i = 0; i < logits.size(); i += 7) {
@@ -74,14 +76,24 @@ void one_route(int64_t tokens, int64_t experts, const RouterRules& rules, bool w
   for (int64_t t = 0; t < tokens; ++t) mask_rows[t] = (int32_t)random.below(4) - 1;
   Buffer<float> lost(tokens);
   for (int64_t t = 0; t < tokens; ++t) lost[t] = 0;
+  Buffer<float> offsets(3 * experts);
+  Buffer<int32_t> stand_ins(3 * experts);
+  for (int64_t i = 0; i < 3 * experts; ++i) {
+    stand_ins[i] = i >= experts && !allowed[i] ? (int32_t)(2 * experts - 1 - i) : -1;
+    offsets[i] = i < 2 * experts ? 0.0f : i % 3 ? bias[i % experts] : std::numeric_limits<float>::max();
+  }
   int64_t outside = 0;
-  route(logits.data(), tokens, experts, with_bias ? bias.data() : nullptr, rules, {allowed.data(), 3, mask_rows.data()},
+  route(logits.data(), tokens, experts, with_bias ? bias.data() : nullptr, rules,
+        {allowed.data(), 3, mask_rows.data(), recovers ? offsets.data() : nullptr, recovers ? stand_ins.data() : nullptr},
         {lost.data(), &outside}, ids.data(), weights.data());
   outputs.keep(ids);
   outputs.keep(weights);
   outputs.keep(lost);
   for (int64_t i = 0; i < ids.size(); ++i) {
-    if (ids[i] < 0 || ids[i] >= experts) fail("route id", ids[i], (double)experts);
+    const int32_t row = mask_rows[i / rules.top_k];
+    const bool known = ids[i] < experts || (recovers && row == 1 && ids[i] < 2 * experts);
+    if (ids[i] < 0 || !known) fail("route id", ids[i], (double)experts);
+    if (recovers && row == 1 && ids[i] < experts && !allowed[experts + ids[i]]) fail("outside the mask", ids[i], 0);
     for (int64_t j = i / rules.top_k * rules.top_k; j < i; ++j) {
       if (ids[i] == ids[j]) fail("route id twice", ids[i], (double)i);
     }
@@ -125,7 +137,9 @@ void check_router(Outputs& outputs) {
                                {3, 1, 1, false, false, false, true, 1.0, 0.0},
                                {16, 1, 1, true, false, false, false, 1.0, 0.0}};
   for (const RouterRules& r : rules) {
-    for (const int64_t tokens : {0, 1, 17, 600}) one_route(tokens, 16, r, r.sigmoid, random, outputs);
+    for (const int64_t tokens : {0, 1, 17, 600}) {
+      for (const bool recovers : {false, true}) one_route(tokens, 16, r, r.sigmoid, recovers, random, outputs);
+    }
   }
 }
 

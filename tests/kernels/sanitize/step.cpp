@@ -55,8 +55,15 @@ struct Parts {
     for (int64_t e = 0; e < experts; ++e) masks[e] = e > 0, masks[experts + e] = e + 1 < experts;
     slots.emplace_back(experts);  // all experts are in memory, in another order
     for (int64_t e = 0; e < experts; ++e) slots.back().data()[e] = (int32_t)(experts - 1 - e);
+    const int32_t* places = slots.back().data();
+    // The first mask has a constant for its expert, the second moves its logits.
+    float* offsets = floats(2 * experts);
+    slots.emplace_back(2 * experts);
+    int32_t* stand_ins = slots.back().data();
+    for (int64_t e = 0; e < experts; ++e) offsets[e] = 0, stand_ins[e] = e ? -1 : 1, stand_ins[experts + e] = -1;
+    const Recovery recovery{offsets, stand_ins, {floats(2 * kHidden), 2}};
     return {routed ? matrix(1, experts, kHidden, kFloat32) : Matrix{}, nullptr, rules, (const uint8_t*)masks, 2, gate_up,
-            down, experts, kHidden, intermediate, format, {slots.back().data(), experts, experts, 0}};
+            down, experts, kHidden, intermediate, format, {places, experts, experts, 0}, recovery};
   }
 };
 

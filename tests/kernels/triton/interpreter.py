@@ -17,14 +17,16 @@ makes a tensor (write ``x: tl.constexpr = 3``), libdevice and inline assembly do
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 import torch
 
 
+@functools.cache
 def repair() -> None:
-    """Once per process, with triton imported under TRITON_INTERPRET=1."""
+    """Once per process, however often it is called, with triton imported under TRITON_INTERPRET=1."""
     import triton.language as tl
     from triton._C.libtriton import ir
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -82,6 +84,35 @@ def repair() -> None:
     InterpreterBuilder.create_dot = dot
     InterpreterBuilder.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
     InterpreterBuilder.create_minnumf = lambda self, left, right: self.binary_op(left, right, np.fmin)
+
+
+@functools.cache
+def forget_order() -> None:
+    """After ``repair``: sums of float32 are taken in float64 and rounded once.
+
+    numpy orders a sum by the shapes of the tensors it is in; the kernels take care that the order depends on
+    the shapes of weights alone. Whether a token's bits depend on its neighbours can only be asked so.
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+
+    plain_dot, plain_sum = InterpreterBuilder.create_dot, ReduceOps.sum
+
+    def dot(self: Any, a: Any, b: Any, start: Any, precision: Any, imprecise: Any) -> Any:
+        if start.data.dtype != np.float32:
+            return plain_dot(self, a, b, start, precision, imprecise)
+        wide = TensorHandle(start.data.astype(np.float64), tl.float64)
+        total = plain_dot(self, a, b, wide, precision, imprecise)
+        return TensorHandle(total.data.astype(np.float32), start.dtype.scalar)
+
+    def add_up(self: Any, operand: Any) -> Any:
+        if operand.handle.data.dtype != np.float32:
+            return plain_sum(self, operand)
+        total = np.sum(operand.handle.data, axis=self.axis, keepdims=self.keep_dims, dtype=np.float64)
+        return self.to_tensor(total.astype(np.float32), operand.dtype)
+
+    InterpreterBuilder.create_dot = dot
+    ReduceOps.sum = add_up
 
 
 def patch_once_per_launch() -> None:

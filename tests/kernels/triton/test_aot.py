@@ -24,9 +24,10 @@ KERNEL_FILES = sorted((ROOT / "moe_runtime" / "kernels" / "triton").glob("*.py")
 TIGHT = {
     "sm_80": (
         "_linear_kernel int4-g64 64x64",
-        "_gate_up_few_kernel int4-g64 64x64",
+        "_gate_up_few_kernel int4-g64 64x32",
         "_down_kernel int4-g64z 64x64",
         "_route_tokens_kernel route_tokens-bf16-metered-deepseek_v2",
+        "_route_tokens_kernel route_tokens-bf16-recovering-largest",
         "attention_kernel deepseek_v2 prefill int8",
     ),
     "sm_90": (
