@@ -150,6 +150,8 @@ def compile_one(job: Job) -> Row:
     }
     source = ASTSource(case.kernel, case.signature, case.constexprs, attributes)
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
+    if case.max_registers and target.backend == "cuda":
+        options["maxnreg"] = case.max_registers
     log = io.StringIO()
     start = time.perf_counter()
     with contextlib.redirect_stdout(log):

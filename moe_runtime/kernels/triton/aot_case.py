@@ -15,7 +15,8 @@ class AotCase:
     """``signature`` names every argument in order: "*fp32" a pointer, "i32" or "i64" an integer, "fp32" a
     float, "constexpr" a value that ``constexprs`` gives. ``aligned`` names the pointers and sizes that are
     multiples of 16, as a launch would find out by itself: without it the compiler may not widen its loads.
-    ``hip_warps``: on AMD, where it is not ``num_warps``.
+    ``hip_warps``: on AMD, where it is not ``num_warps``. ``max_registers``: per thread, what NVIDIA's
+    assembler is told to keep to.
     """
 
     name: str
@@ -26,3 +27,4 @@ class AotCase:
     num_stages: int
     aligned: tuple[str, ...] = ()
     hip_warps: int | None = None
+    max_registers: int | None = None

@@ -125,7 +125,7 @@ def attention(
     attention_kernel[(token_programs, head_programs, shares)](
         q, *caches, positions, sequence_rows, block_tables, out, *splits, log2_scale,
         num_tokens, num_sequences, max_blocks, k_cache.shape[0], **constants,
-        num_warps=tiles.warps, num_stages=tiles.num_stages,
+        **tiles.launch_options(one_token),
     )  # fmt: skip
     if splits[0] is not None:
         merging = heads.merge_constants()
@@ -207,6 +207,7 @@ def _case(model: str, form: str, dtype: torch.dtype) -> AotCase:
         tiles.num_stages,
         aligned=(*floats, *integers, *caches, *scales),
         hip_warps=tiles.hip_warps,
+        max_registers=tiles.registers(one_token),
     )
 
 

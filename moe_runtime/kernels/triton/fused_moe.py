@@ -32,13 +32,13 @@ from moe_runtime.kernels.triton.expert_tiles import down_tile, gate_up_tile, sam
 from moe_runtime.kernels.triton.operands import AOT_FORMATS, aot_case, constants_of, operands_of, sizes_of
 from moe_runtime.kernels.triton.tile_lists import list_tiles
 from moe_runtime.kernels.triton.tiles import (
+    FEW_TOKENS,
     GROUP_TILES,
     SMALL_PAIRS,
     Tile,
     expert_tile,
     launch_options,
     matrix_tiles,
-    processors,
     tuned_size,
 )
 from moe_runtime.kernels.triton.weights import DeviceExperts
@@ -257,6 +257,13 @@ def _many_pairs(
     )  # fmt: skip
 
 
+def processors(device: torch.device) -> int:
+    """Of the interpreter: few, so that programs have to walk."""
+    if device.type != "cuda":
+        return 3
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 # --- ahead of time ------------------------------------------------------------------------------------------
 
 
@@ -269,7 +276,7 @@ def _aot_cases(form: WeightFormat) -> Iterator[AotCase]:
         for kernel in (_gate_up_kernel, _down_kernel):
             yield aot_case(name, kernel, form, tile, True, GROUP_TILES=GROUP_TILES)
         for kernel in (_gate_up_few_kernel, _down_few_kernel):
-            if tile.tokens <= SMALL_PAIRS:
+            if tile.tokens <= FEW_TOKENS:
                 yield aot_case(name, kernel, form, tile, False, GROUPED=True, PAIRS=SMALL_PAIRS)
             if tile.tokens == 16:
                 yield aot_case(f"{name} alone", kernel, form, tile, False, GROUPED=False, PAIRS=SMALL_PAIRS)

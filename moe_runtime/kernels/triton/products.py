@@ -124,13 +124,17 @@ def _int4_product(
         for group in tl.static_range(BLOCK_K // GROUP):
             k = step + group * GROUP
             packed = tl.load(weights[:, None] + (k // 8 + words)[None, :])
-            inputs = _load_x(x, x_rows, k, columns, in_features, EVEN_K).to(tl.bfloat16)
+            # Beside zero points they come last: on sm_80 registers are short while weights are widened.
+            if zeros is None:
+                inputs = _load_x(x, x_rows, k, columns, in_features, EVEN_K).to(tl.bfloat16)
             scale = tl.load(scales + k // GROUP * stride)
             if zeros is None:
                 zero = tl.full([ROWS, 1], 0x4308, tl.uint16)
             else:
-                zero = tl.load((zeros + k // GROUP * stride)[:, None]).to(tl.uint16) | 0x4300
+                zero = (tl.load(zeros + k // GROUP * stride).to(tl.uint16) | 0x4300)[:, None]
             tile = _widen_int4(packed, zero.to(tl.bfloat16, bitcast=True), ROWS, GROUP)
+            if zeros is not None:
+                inputs = _load_x(x, x_rows, k, columns, in_features, EVEN_K).to(tl.bfloat16)
             part = tl.dot(tile, inputs)
             wide = tl.broadcast_to(scale.to(tl.float32)[:, None], [ROWS, TOKENS])
             total = tl.fma(part, wide, total)

@@ -206,6 +206,7 @@ def linear_tile(kind: str, rows: int, n: int, segments: int) -> tuple[Tile, bool
 # --- experts ------------------------------------------------------------------------------------------------
 
 SMALL_PAIRS = 64  # (token, expert) pairs up to which every program finds its tokens in the ids by itself
+FEW_TOKENS = 32  # at most, of SMALL_PAIRS, share an expert where every token has two experts or more
 GROUP_TILES = 8  # tiles of tokens that run side by side over the same rows of weights, for the L2 cache
 CHUNK_PAIRS = 256  # of the sort: pairs that one program counts and places
 COMBINE_COLUMNS = 1024
@@ -213,14 +214,7 @@ COMBINE_COLUMNS = 1024
 
 def expert_tile(kind: str, pairs: int, num_experts: int) -> Tile:
     """Twice the mean number of tokens per expert: most experts' weights are then read once."""
-    return matrix_tile(kind, min(2 * pairs // num_experts, pairs))
-
-
-def processors(device: torch.device) -> int:
-    """Of the interpreter: few, so that programs have to walk."""
-    if device.type != "cuda":
-        return 3
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return matrix_tile(kind, min(2 * pairs // num_experts, FEW_TOKENS if pairs <= SMALL_PAIRS else pairs))
 
 
 def sort_step(padded_experts: int, chunk: int) -> int:
@@ -241,10 +235,19 @@ class AttentionTiles:
     num_warps: int  # on NVIDIA
     num_stages: int
     hip_warps: int = 4
+    decode_registers: int = 255
 
-    @property
-    def warps(self) -> int:
-        return self.num_warps if torch.version.hip is None else self.hip_warps
+    def registers(self, one_token: bool) -> int:
+        """Per thread, at most. NVIDIA's assembler has to be told: left to itself it spills some of them where
+        that makes room for one more program, which the shared memory of these has no room for.
+        """
+        return self.decode_registers if one_token else 255
+
+    def launch_options(self, one_token: bool) -> dict[str, int]:
+        if torch.version.hip:
+            return {"num_warps": self.hip_warps, "num_stages": self.num_stages}
+        limits = {"maxnreg": self.registers(one_token)}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | limits
 
 
 ATTENTION_SPLIT = 256  # short: one token's text of a few thousand positions keeps many processors busy
@@ -254,18 +257,19 @@ ATTENTION_SEQUENCES = 8  # programs that share the sequences of one tile of toke
 
 
 def attention_tiles(itemsize: int, key_width: int, value_width: int) -> AttentionTiles:
-    """By bytes per cached number and padded widths. 32 rows are what registers have room for on sm_80 (64
-    compile without spills on sm_90, with 4 warps). Wide heads, latents and float32, which has no matrix
-    instruction, have less; int8 is widened in registers, so that more warps share a tile (not on AMD, where
-    512 threads would have half the registers each). Three stages: the block table's entry, then keys and
-    values, then their use.
+    """By bytes per cached number and padded widths. 32 rows are what registers have room for on sm_80. Wide
+    heads, latents and float32, which has no matrix instruction, have less; int8 is widened in registers, so
+    that more warps share a tile (not on AMD, where 512 threads would have half the registers each). Three
+    stages: the block table's entry, keys and values, their use. Five: the next keys and values are under way
+    meanwhile; 32 positions then take as much shared memory as 64 in three, and sm_80 has room for 3 programs.
     """
     if itemsize == 4:
         return AttentionTiles(16, 16, ATTENTION_SPLIT, num_warps=4, num_stages=1)
-    warps = 8 if itemsize == 1 else 4
-    if max(key_width, value_width) <= 128:
-        return AttentionTiles(32, 64, ATTENTION_SPLIT, num_warps=warps, num_stages=3)
-    return AttentionTiles(16, 32, ATTENTION_SPLIT, num_warps=warps, num_stages=3)
+    if max(key_width, value_width) > 128:
+        return AttentionTiles(16, 32, ATTENTION_SPLIT, num_warps=8 if itemsize == 1 else 4, num_stages=3)
+    if itemsize == 1:
+        return AttentionTiles(32, 64, ATTENTION_SPLIT, num_warps=8, num_stages=3)
+    return AttentionTiles(32, 32, ATTENTION_SPLIT, num_warps=4, num_stages=5, decode_registers=168)
 
 
 def attention_shares(programs: int, num_splits: int, bytes_per_split: int) -> int:
