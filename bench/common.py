@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -34,8 +35,13 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *map(_without_folders, sys.argv)]),
     }
+
+
+def _without_folders(argument: str) -> str:
+    """Result files are read elsewhere: of this machine's absolute paths they keep the last name."""
+    return re.sub(r"(?<!\S)/(?:\S*/)?(?=\S)", "", argument)
 
 
 def _commit() -> str:

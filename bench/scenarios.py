@@ -9,7 +9,6 @@ import argparse
 import json
 import random
 import shlex
-import sys
 import tempfile
 from itertools import cycle, islice
 from pathlib import Path
@@ -124,7 +123,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as logs:
         result = {
             "machine": machine(),
-            "command": " ".join(["bench/scenarios.py", "MODEL", "SCENARIOS", *sys.argv[3:]]),
             "scenario": arguments.scenario,
             "starts": starts(arguments, ways, Path(logs)),
             "concurrency": throughput(arguments, ways, Path(logs)),
