@@ -20,8 +20,10 @@ from moe_runtime.experts.evaluation import (
     objections,
     planning_fingerprints,
     require_apart,
+    require_enough,
 )
 from moe_runtime.experts.evaluation_sets import Amounts, SetsOfTexts
+from moe_runtime.experts.intervals import MIN_DOCUMENTS
 from moe_runtime.experts.model_identity import ModelIdentity
 from moe_runtime.experts.options import add_engine_arguments, engine_config
 from moe_runtime.experts.plan_file import PlanFile
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE",
         help="of `recover`, one of each kind: the best is applied, if the change of mean KL that it makes on "
-        "the scenario's texts is below 0 with its whole 95 %% interval",
+        f"the scenario's texts ({MIN_DOCUMENTS} documents at least) is below 0 with its whole 95 %% interval",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="the evaluation, as a JSON document")
     parser.add_argument("--certificate", type=Path, metavar="FILE", help="what the server asks for")
@@ -104,6 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"one with {plan.scenarios[0]}=PATH"
         )
     require_apart(corpora, planning_fingerprints(statistics, plan))
+    if arguments.certificate is not None:
+        require_enough([corpus for corpus in corpora if corpus.scenario in own])
     files = read_recoveries(arguments.recovery, plan, corpora)
     body = _measure(arguments, plan, statistics, corpora, own, files)
     reasons = objections([found for found in body["sets"] if found["in_scenario"]], limits)
@@ -218,7 +222,7 @@ def _recovery_lines(told: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"{tried['kind']} changes the mean KL by {change['value']:+.4f} ({change['low']:+.4f} to "
                 f"{change['high']:+.4f}), {readable_bytes(tried['bytes'])}"
-                + ("" if tried["helps"] else ": does not help")
+                + ("" if tried["helps"] else _why_not(variants[tried["kind"]]["divergence"]["documents"]))
             )
     applied = told["applied"]
     lines.append(
@@ -228,6 +232,12 @@ def _recovery_lines(told: Mapping[str, Any]) -> list[str]:
         "recovery.safetensors beside the plan)"
     )
     return lines
+
+
+def _why_not(documents: int) -> str:
+    if documents < MIN_DOCUMENTS:
+        return f": {documents} documents are too few to tell, {MIN_DOCUMENTS} are needed"
+    return ": does not help"
 
 
 def _by_kl(row: tuple[str, Mapping[str, Any]]) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 from moe_runtime.cli import parse_bytes
 from moe_runtime.errors import ConfigError, PlanError
 from moe_runtime.experts.budget import DEFAULT_KL_MEAN, DEFAULT_KL_P99, Limits
-from moe_runtime.experts.corpus import Corpus, find_scenarios, read_corpus
+from moe_runtime.experts.corpus import Corpus, find_texts_of, read_corpus
 from moe_runtime.experts.corpus_text import Renderer
 from moe_runtime.experts.forward import Runner
 from moe_runtime.experts.model_bytes import ModelBytes
@@ -215,13 +215,9 @@ def _measured(
 
 def _corpora(arguments: argparse.Namespace, wish: Wish) -> dict[str, Corpus]:
     renderer = Renderer.load(arguments.model)
-    found = find_scenarios(arguments.text)
-    if len(found) == len(wish.scenarios) == 1:  # there is no doubt whose text it is
-        found = dict(zip(wish.scenarios, found.values(), strict=True))
     return {
         name: read_corpus(name, path, renderer).take(arguments.max_tokens)
-        for name, path in found.items()
-        if name in wish.scenarios
+        for name, path in find_texts_of(wish.scenarios, arguments.text).items()
     }
 
 

@@ -12,6 +12,7 @@ from typing import get_args
 from moe_runtime.drift_policy import Action, DriftPolicy
 from moe_runtime.engine import Engine
 from moe_runtime.errors import ConfigError, PlanError
+from moe_runtime.experts.certificate import Certificate
 from moe_runtime.experts.corpus import Corpus, read_corpora
 from moe_runtime.experts.corpus_text import Renderer
 from moe_runtime.experts.drift import read_log
@@ -22,6 +23,7 @@ from moe_runtime.experts.plan_file import PlanFile
 from moe_runtime.experts.progress import Progress
 from moe_runtime.experts.prompt_masses import prompt_masses
 from moe_runtime.experts.recovery_file import RecoveryFile
+from moe_runtime.experts.registry import CERTIFICATE, RECOVERY
 from moe_runtime.experts.statistics_file import load_statistics
 from moe_runtime.experts.threshold import CONFIDENCE, RATE, Detected, Threshold, detect, propose
 from moe_runtime.experts.whole_file import replacing
@@ -146,10 +148,23 @@ def _of_log(arguments: argparse.Namespace) -> Masses:
         there = ", ".join(sorted(own)) or "no prompt of such a scenario"
         raise PlanError(f"{arguments.log.name} has {there}; --scenario chooses one")
     scenario, masses = own.popitem()
-    foreign = {
-        path.stem: [each.lost_mass for each in read_log(path, scenario)] for path in arguments.foreign_log
-    }
-    return Masses(scenario, masses, foreign)
+    return Masses(scenario, masses, _of_foreign_logs(arguments.foreign_log, scenario))
+
+
+def _of_foreign_logs(paths: Sequence[Path], scenario: str) -> dict[str, list[float]]:
+    """By the log's name without its suffix."""
+    files: dict[str, Path] = {}
+    for path in paths:
+        other = files.setdefault(path.stem, path)
+        if other is not path:
+            raise ConfigError(
+                f"--foreign-log {path}: {other} is called {path.stem!r} as well; rename one of them"
+            )
+    foreign = {name: [each.lost_mass for each in read_log(path, scenario)] for name, path in files.items()}
+    for name, masses in foreign.items():
+        if not masses:
+            raise PlanError(f"{files[name]}: there is no foreign prompt to detect: none of {scenario!r}")
+    return foreign
 
 
 def _of_texts(arguments: argparse.Namespace) -> Masses:
@@ -159,6 +174,8 @@ def _of_texts(arguments: argparse.Namespace) -> Masses:
     statistics = load_statistics(arguments.statistics, identity)
     if statistics.digest != plan.statistics:
         raise PlanError(f"{arguments.statistics.name}: {arguments.plan.name} was made from other statistics")
+    if arguments.recovery is None:
+        _require_plan_alone(arguments.plan, plan)
     corpora = read_corpora(arguments.texts, Renderer.load(arguments.model))
     own = [corpus for corpus in corpora if corpus.scenario in plan.scenarios]
     if not own:
@@ -173,6 +190,21 @@ def _of_texts(arguments: argparse.Namespace) -> Masses:
     masses = {corpus.scenario: _measured(engine, plan, recovery, corpus) for corpus in corpora}
     mine = [mass for corpus in own for mass in masses.pop(corpus.scenario)]
     return Masses(plan.name, mine, masses)
+
+
+def _require_plan_alone(path: Path, plan: PlanFile) -> None:
+    """Raises PlanError where a server would apply the recovery that lies beside the plan at ``path``: what
+    is measured without it would be of something that nobody serves.
+    """
+    recovery, certificate = path.with_name(RECOVERY), path.with_name(CERTIFICATE)
+    if not (recovery.exists() and certificate.exists()):
+        return
+    held = Certificate.load(certificate)
+    if held.plan == plan.digest and held.applied_recovery is not None:
+        raise PlanError(
+            f"{certificate} applies {RECOVERY}, so a server has other lost masses than {path.name} alone; "
+            f"add --recovery {recovery}"
+        )
 
 
 def _measured(engine: Engine, plan: PlanFile, recovery: Recovery | None, corpus: Corpus) -> list[float]:

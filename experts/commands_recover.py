@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_runtime.errors import ConfigError, PlanError
-from moe_runtime.experts.corpus import Corpus, find_scenarios, read_corpus
+from moe_runtime.experts.corpus import Corpus, find_texts_of, read_corpus
 from moe_runtime.experts.corpus_text import Renderer
 from moe_runtime.experts.evaluation import require_apart
 from moe_runtime.experts.fingerprints import Hashes, fingerprints, union
@@ -22,6 +22,7 @@ from moe_runtime.experts.progress import Progress
 from moe_runtime.experts.recovery_constants import constants
 from moe_runtime.experts.recovery_file import RecoveryFile
 from moe_runtime.experts.recovery_search import Found, fit, num_trials, search
+from moe_runtime.experts.statistics import Statistics
 from moe_runtime.experts.statistics_file import load_statistics
 from moe_runtime.placement import readable_bytes
 
@@ -77,7 +78,10 @@ def run(arguments: argparse.Namespace) -> int:
     identity.check(plan.model, arguments.plan.name)
     if plan.mask.num_kept == sum(plan.mask.num_experts.values()):
         raise PlanError(f"{arguments.plan.name} keeps all experts: there is nothing to make up for")
-    made = _constants(arguments, plan, identity) if arguments.kind == "constants" else None
+    statistics = load_statistics(arguments.statistics, identity)
+    if statistics.digest != plan.statistics:
+        raise PlanError(f"{arguments.statistics.name}: {arguments.plan.name} was made from other statistics")
+    made = _constants(statistics, plan, identity) if arguments.kind == "constants" else None
     if made is None:
         found, known = _router(arguments, plan)
         if not found.helps:
@@ -109,8 +113,7 @@ def _check(arguments: argparse.Namespace) -> None:
         )
 
 
-def _constants(arguments: argparse.Namespace, plan: PlanFile, identity: ModelIdentity) -> RecoveryFile:
-    statistics = load_statistics(arguments.statistics, identity)
+def _constants(statistics: Statistics, plan: PlanFile, identity: ModelIdentity) -> RecoveryFile:
     recovery, unseen = constants(statistics, plan)
     made = {
         "statistics": statistics.digest,
@@ -140,16 +143,9 @@ def _corpora(
     arguments: argparse.Namespace, plan: PlanFile, words: Sequence[str], max_tokens: int
 ) -> list[Corpus]:
     """Of the plan's scenarios, all of them."""
-    named = find_scenarios(words)
-    if len(named) == len(plan.scenarios) == 1:  # there is no doubt whose text it is
-        named = dict(zip(plan.scenarios, named.values(), strict=True))
-    missing = [name for name in plan.scenarios if name not in named]
-    if missing:
-        raise PlanError(
-            f"no text of the plan's scenario {missing[0]!r}; there are texts of: {', '.join(sorted(named))}"
-        )
+    named = find_texts_of(plan.scenarios, words)
     renderer = Renderer.load(arguments.model)
-    return [read_corpus(name, named[name], renderer).take(max_tokens) for name in plan.scenarios]
+    return [read_corpus(name, path, renderer).take(max_tokens) for name, path in named.items()]
 
 
 def _fingerprints(corpora: Sequence[Corpus]) -> Hashes:

@@ -111,6 +111,23 @@ def find_scenarios(words: Sequence[str]) -> dict[str, Path]:
     return found
 
 
+def find_texts_of(scenarios: Sequence[str], words: Sequence[str]) -> dict[str, Path]:
+    """Of ``find_scenarios`` those of a plan's ``scenarios``: a single PATH is the text of a single one,
+    whatever the file is called; a name that was given, NAME=PATH, is never another's.
+
+    Raises PlanError as ``find_scenarios`` does, and for a scenario without text.
+    """
+    found = find_scenarios(words)
+    if len(words) == len(found) == len(scenarios) == 1 and "=" not in words[0]:
+        return dict(zip(scenarios, found.values(), strict=True))
+    missing = [name for name in scenarios if name not in found]
+    if missing:
+        raise PlanError(
+            f"no text of the plan's scenario {missing[0]!r}; there are texts of: {', '.join(sorted(found))}"
+        )
+    return {name: found[name] for name in scenarios}
+
+
 def _named(path: Path) -> Iterator[tuple[str, Path]]:
     folders = sorted(item for item in path.iterdir() if item.is_dir()) if path.is_dir() else []
     folders = [item for item in folders if not item.name.startswith(".")]

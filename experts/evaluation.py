@@ -15,7 +15,7 @@ from moe_runtime.experts.corpus import Corpus, Text
 from moe_runtime.experts.fingerprints import Hashes, shared, union
 from moe_runtime.experts.forward import Runner
 from moe_runtime.experts.generations import answer_pairs, summarise
-from moe_runtime.experts.intervals import divergence_intervals
+from moe_runtime.experts.intervals import MIN_DOCUMENTS, divergence_intervals
 from moe_runtime.experts.plan_file import PlanFile
 from moe_runtime.experts.score import SCORES, scores_of
 from moe_runtime.experts.statistics import Statistics
@@ -48,6 +48,20 @@ def planning_fingerprints(statistics: Statistics, plan: PlanFile) -> Hashes:
     """Of all texts that the plan was made from: those of its statistics and those its KL was measured on."""
     tuned = np.array(plan.text.get("fingerprints", []), dtype=np.int64)
     return union([tuned, *(statistics.of(scenario).fingerprints.numpy() for scenario in plan.scenarios)])
+
+
+def require_enough(corpora: Sequence[Corpus]) -> None:
+    """Raises PlanError for test texts that are too few to certify anything by: the intervals of a
+    certificate are over documents.
+    """
+    for corpus in corpora:
+        count = sum(len(text.token_ids) > 1 for text in corpus.texts)
+        if count < MIN_DOCUMENTS:
+            raise PlanError(
+                f"scenario {corpus.scenario!r}: {count} test documents are too few for a certificate, at "
+                f"least {MIN_DOCUMENTS} are needed; give more texts or a larger --max-tokens, or leave "
+                "--certificate out"
+            )
 
 
 def require_apart(

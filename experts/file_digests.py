@@ -80,6 +80,7 @@ class DigestMemo:
     def digests(self, paths: Sequence[Path]) -> list[str]:
         """As ``file_digests``; of versions that are known nothing is read. What this took is logged."""
         known = self._read()
+        began = time.time_ns()
         now = [_version_of(path) for path in paths]
         unknown = [path for path, version in zip(paths, now, strict=True) if version not in known]
         if not unknown:
@@ -91,7 +92,7 @@ class DigestMemo:
             new[path] if path in new else (version, known[version])
             for path, version in zip(paths, now, strict=True)
         ]
-        self._write(dict(found), took)
+        self._write(dict(found), took, began)
         return [digest for _, digest in found]
 
     def _read(self) -> dict[FileVersion, str]:
@@ -110,8 +111,11 @@ class DigestMemo:
             logger.warning("%s is not used, the weight files are hashed again: %s", self.path, error)
             return {}
 
-    def _write(self, digests: dict[FileVersion, str], took: str) -> None:
-        settled = time.time_ns() - SETTLED_NS
+    def _write(self, digests: dict[FileVersion, str], took: str, began: int) -> None:
+        """``began``: before the first version was looked at. Hashing may take longer than files need to
+        settle: one that was new then can have changed since without another time.
+        """
+        settled = began - SETTLED_NS
         rows = [
             {**asdict(version), "sha256": digest}
             for version, digest in digests.items()

@@ -14,14 +14,16 @@ from moe_runtime.experts.statistics_file import load_statistics
 
 def expert_counts(
     path: Path, model_dir: Path, scenarios: Sequence[str] = (), memo: DigestMemo | None = None
-) -> dict[int, list[int]]:
+) -> tuple[dict[int, list[int]], tuple[str, ...]]:
     """By decoder layer with a router, how many tokens chose each expert in the texts of ``scenarios``, or of
-    all in the file: what ``Engine.load`` takes as ``hotness``. ``memo`` may know the model's files.
+    all in the file: what ``Engine.load`` takes as ``hotness``. And whose texts these are, sorted. ``memo``
+    may know the model's files.
 
     A text that was profiled for two scenarios counts twice, as both send it. Raises PlanError for a file that
     cannot be read, is of another model than the one in ``model_dir``, or knows nothing of a scenario.
     """
     found = load_statistics(path)
-    counts = torch.stack([found.of(name).counts for name in scenarios or found.scenarios]).sum(0)
+    names = tuple(sorted(scenarios or found.scenarios))
+    counts = torch.stack([found.of(name).counts for name in names]).sum(0)
     ModelIdentity.of(model_dir, memo).check(found.model, path.name)  # last: it may read the whole model
-    return dict(zip(found.shape.layers, counts.tolist(), strict=True))
+    return dict(zip(found.shape.layers, counts.tolist(), strict=True)), names

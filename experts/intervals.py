@@ -16,6 +16,7 @@ from moe_runtime.experts.divergence import TokenDivergences
 
 DRAWS = 500
 CONFIDENCE = 0.95
+MIN_DOCUMENTS = 10  # of fewer an interval says next to nothing: of one it has no width at all
 Floats = npt.NDArray[np.float64]
 
 

@@ -26,7 +26,8 @@ def constants(statistics: Statistics, plan: PlanFile) -> tuple[Recovery, ByLayer
     layers: dict[int, torch.Tensor] = {}
     unseen: dict[int, tuple[int, ...]] = {}
     for place, layer in enumerate(plan.mask.layers):
-        lacking = [expert for expert in range(layer.num_experts) if expert not in {*layer.kept}]
+        kept = set(layer.kept)
+        lacking = [expert for expert in range(layer.num_experts) if expert not in kept]
         counts, outputs = sums.counts[place, lacking], sums.outputs[place, lacking].double()
         layers[layer.layer] = (outputs / counts.clamp(min=1).unsqueeze(-1)).float()
         never = tuple(expert for expert, count in zip(lacking, counts.tolist(), strict=True) if not count)

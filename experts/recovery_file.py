@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 import moe_runtime
-from moe_runtime.errors import PlanError
+from moe_runtime.checkpoint import open_regular
+from moe_runtime.errors import CheckpointError, PlanError
 from moe_runtime.experts.documents import command_line
 from moe_runtime.experts.fingerprints import Hashes
 from moe_runtime.experts.model_identity import ModelIdentity
@@ -34,6 +35,7 @@ FORMAT = 1
 HEADER = "moe_experts_recovery"  # one entry: safetensors keeps several in no fixed order
 LAYER = re.compile(r"layer\.(0|[1-9][0-9]{0,5})")
 FINGERPRINTS = "fingerprints"
+MAX_FILE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,13 +127,20 @@ class RecoveryFile:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Its bytes are read once: tensors of a mapped file would change, or end a server with SIGBUS, when the
+    file is overwritten or cut short after its digest was checked.
+    """
     try:
         if not path.is_file():
             raise PlanError(f"{path.name}: no such file; `moe-experts recover` makes one")
-        with safe_open(path, framework="pt") as file:
-            header = parse_json((file.metadata() or {})[HEADER].encode())
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except (OSError, SafetensorError, ValueError) as error:
+        with open_regular(path) as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise PlanError(f"{path.name}: larger than {MAX_FILE_BYTES} bytes, which no recovery is")
+        tensors = load(data)
+        about: Any = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header = parse_json(about["__metadata__"][HEADER].encode())
+    except (OSError, CheckpointError, SafetensorError, ValueError) as error:
         raise PlanError(f"{path.name}: not a recovery file: {error}") from error
     if not isinstance(header, dict):
         raise PlanError(f"{path.name}: its header is not an object")

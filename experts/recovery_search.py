@@ -30,7 +30,7 @@ Advance = Callable[[int], None]  # told of tokens computed
 class Found:
     """The best correction, and how it was chosen.
 
-    damping, step       which of DAMPINGS and STEPS; both 0 when none of them helps
+    damping, step       which of DAMPINGS and STEPS, also when not even that one ``helps``
     kl_alone, kl_with   mean KL on the texts to choose by, nats: of the plan alone, and with the correction
     explained           of all layers' squared error, the share that the linear model says goes, 0 to 1
     tried               mean KL by (damping, step)

@@ -10,7 +10,7 @@ from moe_runtime.errors import ConfigError
 from moe_runtime.experts.corpus import Corpus
 from moe_runtime.experts.evaluation import require_apart
 from moe_runtime.experts.forward import Runner
-from moe_runtime.experts.intervals import divergence_intervals, paired_change
+from moe_runtime.experts.intervals import MIN_DOCUMENTS, divergence_intervals, paired_change
 from moe_runtime.experts.plan_file import PlanFile
 from moe_runtime.experts.recovery_file import RecoveryFile
 from moe_runtime.plan import ExpertMask
@@ -67,8 +67,13 @@ def measure_variants(
 
 
 def helps(kind: str, sets: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether the KL is lower with it beyond doubt (95 %), in every set of the plan's own scenarios."""
-    return all(found[kind]["change"]["high"] < 0 for found in sets.values())
+    """Whether the KL is lower with it beyond doubt (95 %), in every set of the plan's own scenarios; sets of
+    fewer than MIN_DOCUMENTS leave doubt.
+    """
+    return all(
+        found[kind]["change"]["high"] < 0 and found[kind]["divergence"]["documents"] >= MIN_DOCUMENTS
+        for found in sets.values()
+    )
 
 
 def choose(kinds: Sequence[str], sets: Mapping[str, Mapping[str, Any]]) -> str:

@@ -7,10 +7,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe_runtime.engine_load import outline
+from moe_runtime.errors import PlanError
 from moe_runtime.experts.registry import Scenario
 from moe_runtime.ghost_router import GhostRouter
 from moe_runtime.masks import MaskTable
 from moe_runtime.placement import Placement
+from moe_runtime.recovery_rows import RecoveryRows
 
 
 class Rehearsal:
@@ -19,11 +21,21 @@ class Rehearsal:
     def __init__(
         self, model_dir: Path, placement: Placement | None = None, ghosts: GhostRouter | None = None
     ) -> None:
-        """``placement`` and ``ghosts``: as the engine gets them. Takes no memory to speak of. Raises
-        CheckpointError, and PlanError for a placement of another model.
+        """``placement`` and ``ghosts``: as the engine gets them. Takes no memory to speak of, nor does
+        ``add``. Raises CheckpointError, and PlanError for a placement of another model.
         """
-        self._masks = MaskTable(outline(model_dir, placement, ghosts))
+        model = outline(model_dir, placement, ghosts)
+        self._masks, self._recoveries = MaskTable(model), RecoveryRows(model)
 
     def add(self, scenario: Scenario) -> None:
-        """Raises PlanError as the engine's MaskTable will, after those that were added before."""
-        self._masks.add(scenario.name, scenario.mask, scenario.policy, scenario.recovery)
+        """Raises PlanError as the engine's MaskTable will, after those that were added before; then it was
+        not added. A recovery is checked and not written: its constants may be many.
+        """
+        self._masks.add(scenario.name, scenario.mask, scenario.policy)
+        if scenario.recovery is None:
+            return
+        try:
+            self._recoveries.check(scenario.name, scenario.mask, scenario.recovery)
+        except PlanError:
+            self._masks.remove(scenario.name)
+            raise

@@ -95,7 +95,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             raise PlanError(f"{path.name}: no such file; `moe-experts profile` makes one")
         with safe_open(path, framework="pt") as file:
             header = parse_json((file.metadata() or {})[HEADER].encode())
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            # Copies, so that what the digest is taken of is what is used, whatever becomes of the file.
+            tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
     except (OSError, SafetensorError, ValueError) as error:
         raise PlanError(f"{path.name}: not a statistics file: {error}") from error
     if not isinstance(header, dict):

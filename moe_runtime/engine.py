@@ -114,6 +114,11 @@ class Engine:
         with told_as_config_errors(parts.model.device):
             return cls(parts.model, parts.tokenizer, config, **{name: getattr(parts, name) for name in told})
 
+    def prepare(self) -> None:
+        """For after the start's scenarios were added, which may make graphs stale. Raises ConfigError."""
+        with told_as_config_errors(self.model.device):
+            self._steps.prepare()
+
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError or ContextLengthExceeded for a request that must not be admitted."""
         check_request(prompt_ids, params, self.model.config.vocab_size, self.max_context)
@@ -281,10 +286,7 @@ class Engine:
         return events
 
     def _fail(self, failed: dict[int, str]) -> list[TokenEvent]:
-        return [
-            self._close(sequence_id, self._open[sequence_id].end("error", message))
-            for sequence_id, message in failed.items()
-        ]
+        return [self._close(key, self._open[key].end("error", message)) for key, message in failed.items()]
 
     def _close(self, sequence_id: int, event: TokenEvent) -> TokenEvent:
         """Forget a choice that has ended and give its blocks back."""

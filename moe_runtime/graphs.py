@@ -31,6 +31,11 @@ MIB = 1 << 20
 
 
 class Steps(Protocol):
+    def prepare(self) -> None:
+        """Make ready, before requests come, what decode steps without scenarios need and does not fit the
+        model as it is now. Cheap when there is nothing to do.
+        """
+
     def forward(self, batch: Batch, meter: RouteMeter | None = None) -> torch.Tensor:
         """As the model's ``forward``; the logits are valid until the next call."""
 
@@ -66,6 +71,9 @@ class PlainSteps:
 
     model: Any
     cache: Any
+
+    def prepare(self) -> None:
+        """There is nothing to make ready."""
 
     def forward(self, batch: Batch, meter: RouteMeter | None = None) -> torch.Tensor:
         logits: torch.Tensor = self.model.forward(batch, self.cache, meter)
@@ -105,12 +113,17 @@ class DecodeGraphs:
         self._outside = torch.zeros(1, dtype=torch.int64, device=device)
 
     def prepare(self) -> None:
-        """Capture a graph for every batch size, the largest first: the others then fit into its memory."""
+        """Capture a graph for every batch size, the largest first: the others then fit into its memory. Those
+        that there are and that are still right stay.
+        """
         start, before = time.monotonic(), self._recorder.free_bytes()
-        for tokens in reversed(self._sizes):
-            shape = Shape(tokens, self._widths[0])
-            self._replays[shape] = self._capture(shape)
-        captured = sorted(shape.tokens for shape, replay in self._replays.items() if replay is not None)
+        every = [Shape(tokens, self._widths[0]) for tokens in reversed(self._sizes)]
+        stale = [shape for shape in every if self._is_stale(shape)]
+        if not stale:
+            return
+        for shape in stale:
+            self._capture_anew(shape)
+        captured = sorted(shape.tokens for shape in stale if self._replays[shape] is not None)
         LOGGER.info(
             "captured decode steps of %s sequences in %.1f s and %d MiB",
             ", ".join(map(str, captured)) or "no", time.monotonic() - start,
@@ -143,9 +156,9 @@ class DecodeGraphs:
         return None if tokens is None or width is None else Shape(tokens, width, metered)
 
     def _captured(self, shape: Shape) -> Callable[[], None] | None:
-        if self._made.get(shape) != self._model.moves:
+        if self._is_stale(shape):
             before = self._recorder.free_bytes()
-            self._replays[shape] = self._capture(shape)
+            self._capture_anew(shape)
             if self._replays[shape] is not None:
                 LOGGER.info(
                     "captured decode steps of %d sequences of %d blocks%s in %d MiB",
@@ -153,6 +166,13 @@ class DecodeGraphs:
                     (before - self._recorder.free_bytes()) // MIB,
                 )  # fmt: skip
         return self._replays[shape]
+
+    def _is_stale(self, shape: Shape) -> bool:
+        return self._made.get(shape) != self._model.moves
+
+    def _capture_anew(self, shape: Shape) -> None:
+        self._replays.pop(shape, None)  # first, so that two graphs of one shape never hold memory
+        self._replays[shape] = self._capture(shape)
 
     def _capture(self, shape: Shape) -> Callable[[], None] | None:
         """None, and the reason in the log, when the device cannot. Raises RuntimeError if it is lost."""

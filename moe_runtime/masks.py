@@ -92,17 +92,10 @@ class MaskTable:
         if policy is not None:
             self._check_policy(name, policy)
         salt = mask.digest
-        row = self._free[-1]
         if recovery is not None:
             self._recoveries.check(name, mask, recovery)
-            self._recoveries.write(name, row, mask, recovery)
             salt = f"{salt} {recovery.digest}"
-        self._free.pop()
-        for layer in mask.layers:
-            mixture = self._mixtures[layer.layer]
-            allowed = torch.zeros(layer.num_experts, dtype=torch.uint8)
-            allowed[list(layer.kept)] = 1
-            mixture.masks[row].copy_(allowed)
+        row = self._write(name, mask, recovery)
         self._masks[name] = (Granted(row, f"{salt}\n"), mask)
         if policy is not None:
             self._policies[row] = (name, policy)
@@ -154,6 +147,24 @@ class MaskTable:
     def users(self, name: str) -> int:
         """Sequences that use a scenario now. Raises ModelNotFound."""
         return self._users[self._find(name).row]
+
+    def _write(self, name: str, mask: ExpertMask, recovery: Recovery | None) -> int:
+        """A free row with what a scenario has. Where that fails it is free again, and without a recovery; if
+        even clearing fails, it is nobody's.
+        """
+        row = self._free.pop()
+        try:
+            if recovery is not None:
+                self._recoveries.write(name, row, mask, recovery)
+            for layer in mask.layers:  # all layers, so that nothing of the last mask stays
+                allowed = torch.zeros(layer.num_experts, dtype=torch.uint8)
+                allowed[list(layer.kept)] = 1
+                self._mixtures[layer.layer].masks[row].copy_(allowed)
+        except BaseException:
+            self._recoveries.clear(row)
+            self._free.append(row)
+            raise
+        return row
 
     def _check_policy(self, name: str, policy: DriftPolicy) -> None:
         if not self._is_measured:

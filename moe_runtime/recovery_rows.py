@@ -32,7 +32,9 @@ class RecoveryRows:
                 )
 
     def write(self, name: str, row: int, mask: ExpertMask, recovery: Recovery) -> None:
-        """Into the tables of all layers, or none. Raises PlanError when the device has no room for them."""
+        """Into the tables of all layers, or none, whatever is raised. Raises PlanError when the device has no
+        room for them.
+        """
         self._rows.add(row)
         kept, moved = mask.kept, False
         try:
@@ -43,9 +45,11 @@ class RecoveryRows:
                     continue
                 lacking = sorted({*range(mixture.config.num_experts)} - {*kept[number]})
                 moved |= mixture.recovery.put_constants(row, lacking, numbers)
-        except torch.OutOfMemoryError as error:
-            self.clear(row)
+        except BaseException as error:  # half a recovery would be the row's next scenario's
             self._model.moves += 1  # some may have
+            self.clear(row)
+            if not _has_no_room(error):
+                raise
             raise PlanError(
                 f"scenario {name!r}: the device has no room for its recovery ({error}); a smaller "
                 "--cache-bytes leaves more"
@@ -56,6 +60,13 @@ class RecoveryRows:
         """What ``row`` has, if anything, is no more."""
         if row not in self._rows:
             return
-        self._rows.discard(row)
         moved = [mixture.recovery.clear(row) for _, mixture in self._model.mixtures()]
+        self._rows.discard(row)
         self._model.moves += any(moved)
+
+
+def _has_no_room(error: BaseException) -> bool:
+    """A GPU's allocator has a class for it, torch's for the CPU says so in a RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)

@@ -136,6 +136,7 @@ def _serve(
     )
     for scenario in scenarios:
         engine.masks.add(scenario.name, scenario.mask, scenario.policy, scenario.recovery)
+    engine.prepare()
     from moe_runtime.async_engine import AsyncEngine
     from moe_runtime.server.serve import Server
     from moe_runtime.server.service import build_service

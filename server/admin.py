@@ -85,7 +85,7 @@ async def _bring(service: Service, registry: Registry, name: str) -> None:
                     live.admit(wanted, engine.masks.absent)
                 try:
                     engine.masks.add(scenario.name, scenario.mask, scenario.policy, scenario.recovery)
-                except PlanError:
+                except Exception:
                     _trim(engine)
                     raise
 

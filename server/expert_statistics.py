@@ -18,18 +18,25 @@ def read_hotness(
     """What ``Engine.load`` takes: how often each expert was chosen in the texts of the scenarios that the
     server holds experts for, or, if it holds the full model, of all in the file. None without the flag.
 
-    Raises ConfigError for a file that cannot be used, and why.
+    Raises ConfigError for a file that cannot be used, and why: one of an export with its full router never,
+    since a profile numbers the experts that it has, and the server those of the model that it was cut from.
     """
     path = config.expert_statistics
     if path is None:
         return None
-    names = () if scenarios.full else tuple(scenario.name for scenario in scenarios)
+    if scenarios.exported is not None:
+        raise ConfigError(
+            f"--expert-statistics {path}: the model is an export with its full router, whose experts are "
+            "served under the numbers of the model that it was cut from, not under those of a profile; leave "
+            "the flag out"
+        )
+    wanted = () if scenarios.full else tuple(scenario.name for scenario in scenarios)
     try:
-        counts = expert_counts(path, model_dir, names, memo)
+        counts, names = expert_counts(path, model_dir, wanted, memo)
     except PlanError as error:
         raise ConfigError(f"--expert-statistics: {error}") from error
     logger.info(
         "experts are ranked by %s: %d choices in texts of %s",
-        path.name, sum(map(sum, counts.values())), ", ".join(names) or "all its scenarios",
+        path.name, sum(map(sum, counts.values())), ", ".join(names),
     )  # fmt: skip
     return counts

@@ -199,7 +199,7 @@ def _open_exported(model_dir: Path) -> Scenarios:
     own = exported.scenario
     Rehearsal(model_dir, placement_of([own]), exported.ghosts).add(own)
     logger.info("the model is what scenario %s left; its full router measures lost mass", own.name)
-    return Scenarios([own], full=False, exported=exported)
+    return Scenarios(_warned([own]), full=False, exported=exported)
 
 
 def _log_failure(task: "asyncio.Task[None]") -> None:

@@ -1,6 +1,7 @@
 """Captured decode steps over a model whose logits are its batch: shapes, memory, a device that cannot."""
 
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -25,6 +26,8 @@ class Rerun:
     limit: int = 1 << 30
     fault: Exception | None = None
     recorded: int = 0
+    alive: int = 0  # of the recorded
+    most_alive: int = 0
     replayed: int = 0
     settled: int = 0
 
@@ -33,12 +36,18 @@ class Rerun:
         if self.fault is not None:
             raise self.fault
         self.recorded += 1
+        self.alive += 1
+        self.most_alive = max(self.most_alive, self.alive)
 
         def replay() -> None:
             self.replayed += 1
             run()
 
+        weakref.finalize(replay, self._die)
         return replay
+
+    def _die(self) -> None:
+        self.alive -= 1
 
     def free_bytes(self) -> int:
         return (10 - self.recorded) << 20
@@ -182,6 +191,28 @@ def test_what_moved_is_captured_anew_when_it_is_needed() -> None:
         model.moves = moves
         assert torch.equal(steps.forward(decode(2)), Echo().forward(decode(2), None))
         assert model.recorder.recorded == captured and len(steps._replays) == 1
+    assert model.recorder.most_alive == 1  # a stale graph does not hold memory beside the new one
+
+
+def test_what_moved_before_the_first_request_is_prepared_again_and_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = Echo()
+    steps = graphs(model)
+    steps.prepare()
+    steps.prepare()
+    assert model.recorder.recorded == 5
+    model.moves += 1  # scenarios were added
+    model.sizes.clear()
+    with caplog.at_level(logging.INFO, "moe_runtime.graphs"):
+        steps.prepare()
+        steps.prepare()
+    assert model.sizes == [(size, 256) for size in (16, 8, 4, 2, 1)]
+    assert len(caplog.messages) == 1 and "captured decode steps of 1, 2, 4, 8, 16 seq" in caplog.text
+    for num_tokens in (1, 3, 16):
+        assert torch.equal(steps.forward(decode(num_tokens)), Echo().forward(decode(num_tokens), None))
+    recorder = model.recorder
+    assert (recorder.recorded, recorder.replayed, recorder.alive, recorder.most_alive) == (10, 3, 5, 5)
 
 
 def test_a_device_that_is_lost_while_capturing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +244,7 @@ def test_on_the_cpu_there_is_nothing_to_capture() -> None:
     assert recorder_for(torch.device("cpu")) is None
     model = Echo()
     steps = choose_steps(model, None, EngineConfig(), max_context=64, max_logit_rows=1)
+    steps.prepare()
     assert isinstance(steps, PlainSteps) and not model.sizes
     assert torch.equal(steps.forward(decode(2)), model.forward(decode(2), None))
 
@@ -229,3 +261,8 @@ def test_a_device_repeats_what_was_recorded() -> None:
     numbers.fill_(10)
     replay()
     assert sums.tolist() == [22.0] * 4 and recorder.free_bytes() > 0
+    del replay  # the only graph, so that the shared pool is empty
+    replay = recorder.record(lambda: sums.add_(numbers * 3))
+    sums.zero_()
+    replay()
+    assert sums.tolist() == [30.0] * 4

@@ -22,6 +22,7 @@ from moe_runtime.masks import MaskTable
 from moe_runtime.placement import Placement
 from moe_runtime.plan import ExpertMask
 from moe_runtime.recovery import Kind, Recovery
+from moe_runtime.recovery_rows import _has_no_room
 
 pytestmark = pytest.mark.usefixtures("compute_device")
 
@@ -216,24 +217,77 @@ def test_recoveries_that_do_not_fit_are_refused_and_change_nothing(folder: Path)
         engine.masks.add("one more", mask, recovery=router)
 
 
-def test_a_device_without_room_refuses_the_scenario(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine.load(folder, CONFIG)
+NO_ROOM = "scenario 'second': the device has no room for its recovery"
+
+
+@pytest.mark.parametrize("kind", ["constants", "router"])
+@pytest.mark.parametrize(
+    ("error", "told_as", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), PlanError, NO_ROOM),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+            PlanError,
+            NO_ROOM,
+        ),
+        (RuntimeError("a bug"), RuntimeError, "^a bug$"),
+        (KeyboardInterrupt("now"), KeyboardInterrupt, "^now$"),
+    ],
+)
+def test_a_device_without_room_refuses_the_scenario(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Kind,
+    error: BaseException,
+    told_as: type[BaseException],
+    message: str,
+) -> None:
+    """And whatever else happens between two layers: the row's next scenario gets nothing of it."""
+    engine, fresh = Engine.load(folder, CONFIG), Engine.load(folder, CONFIG)
     mask = random_mask(engine, 5, 0)
     engine.masks.add("first", mask, recovery=made(mask, "constants"))
     expected = told(engine, [(prompts(1)[0], "first")])
     *_, (_, last) = engine.model.mixtures()
+    moves = engine.model.moves
 
-    def full(*_: object) -> bool:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def fail(*_: object) -> bool:
+        raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(last.recovery, "put_constants", full)
-        with pytest.raises(PlanError, match="scenario 'second': the device has no room for its recovery"):
-            engine.masks.add("second", mask, recovery=made(mask, "constants", seed=1))
-    assert list(engine.masks.scenarios) == ["first"]
+        patch.setattr(last.recovery, "put_constants" if kind == "constants" else "put_offsets", fail)
+        with pytest.raises(told_as, match=message):
+            engine.masks.add("second", mask, recovery=made(mask, kind, seed=1))
+    assert list(engine.masks.scenarios) == ["first"] and engine.model.moves > moves
     assert told(engine, [(prompts(1)[0], "first")]) == expected
+    engine.masks.add("plain", mask)  # in the row that was half written
+    fresh.masks.add("plain", mask)
+    assert told(engine, [(prompts(1)[0], "plain")]) == told(fresh, [(prompts(1)[0], "plain")])
+    engine.masks.remove("plain")
     engine.masks.add("second", mask, recovery=made(mask, "constants"))
     assert told(engine, [(prompts(1)[0], "second")]) == expected
+
+
+def test_the_allocator_of_the_cpu_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.zeros(1 << 50)
+    assert _has_no_room(raised.value) and not _has_no_room(RuntimeError("a bug"))
+
+
+def test_a_mask_that_cannot_be_written_leaves_no_recovery_and_its_row_free(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, fresh = Engine.load(folder, CONFIG), Engine.load(folder, CONFIG)
+    mask = random_mask(engine, 5, 0)
+    *_, (_, last) = engine.model.mixtures()
+    with monkeypatch.context() as patch:
+        patch.setattr(last, "masks", None)
+        with pytest.raises(TypeError):
+            engine.masks.add("second", mask, recovery=made(mask, "router"))
+    engine.masks.add("plain", mask)
+    fresh.masks.add("plain", mask)
+    assert told(engine, [(prompts(1)[0], "plain")]) == told(fresh, [(prompts(1)[0], "plain")])
+    for number in range(MAX_MASKS - 1):
+        engine.masks.add(str(number), mask)
 
 
 @pytest.mark.cpu_only("the program of the C++ kernels")

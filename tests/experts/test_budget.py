@@ -172,6 +172,10 @@ def test_the_command_refuses_with_its_own_exit_status_and_writes_no_plan(
         (["--keep", "1"], "each token takes 2: at least 2"),
         (["--keep", "8"], "would keep all 24 experts"),
         (["--bytes", "10"], "the model still has"),
+        (
+            ["--text", f"other={calibration}"],
+            "no text of the plan's scenario 'credit'; there are texts of: other",
+        ),
         (["--text", str(calibration)], "this very text was profiled"),
         (["--text", str(write_texts(tmp_path / "tiny.jsonl", ["abc"]))], "1000 are needed"),
         (["--keep", "4", "--scenario", "wealth"], "no statistics of scenario 'wealth'"),

@@ -7,7 +7,7 @@ import pytest
 from world import END_OF_TEXT, tiny_checkpoint, write_json
 
 from moe_runtime.errors import PlanError
-from moe_runtime.experts.corpus import find_scenarios, read_corpus
+from moe_runtime.experts.corpus import find_scenarios, find_texts_of, read_corpus
 from moe_runtime.experts.corpus_text import Renderer
 from moe_runtime.experts.fingerprints import fingerprints, shared, union
 
@@ -152,3 +152,15 @@ def test_fingerprints_find_a_passage_that_two_texts_share() -> None:
     assert 0.2 < shared(first[100:200] + second[:200], known) < 0.5
     assert shared([7], known) == 1 and shared([8], known) == 0
     assert shared([], known) == 0 and len(fingerprints(first)) < 100
+
+
+def test_only_a_bare_path_is_the_text_of_whatever_plan_it_is_given_to() -> None:
+    assert find_texts_of(["credit"], ["w.txt"]) == {"credit": Path("w.txt")}
+    assert find_texts_of(["credit"], ["wealth=w.txt", "credit.txt"]) == {"credit": Path("credit.txt")}
+    for scenarios, words in (
+        (["credit"], ["wealth=w.txt"]),
+        (["credit"], ["w.txt", "wealth.txt"]),
+        (["credit", "wealth"], ["wealth.txt"]),
+    ):
+        with pytest.raises(PlanError, match="no text of the plan's scenario 'credit'; .* of: .*w"):
+            find_texts_of(scenarios, words)

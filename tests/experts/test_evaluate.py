@@ -176,7 +176,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     model = tiny_checkpoint(folder)
     calibration = write_texts(folder, "calibration", 1, 30)
-    write_texts(folder, "test/credit", 2, 8)
+    write_texts(folder, "test/credit", 2, 12)
     write_texts(folder, "test/wealth", 3, 8)
     common = ["--model", str(model), *SMALL]
     statistics, plan = str(folder / "s.safetensors"), str(folder / "plan.json")
@@ -227,6 +227,22 @@ def test_a_plan_over_its_limits_is_refused_with_the_number(
     assert evaluate(world, *texts, "--max-kl", "1e-9") == 2
     assert "REFUSED: credit: mean KL is" in capsys.readouterr().out
     assert not Certificate.load(certificate).passed
+
+
+def test_few_test_documents_get_no_certificate(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few, enough = write_texts(tmp_path, "few", 4, 9), write_texts(tmp_path, "enough", 5, 10)
+    limits = ["--max-kl", "9", "--max-kl-p99", "9", "--no-baselines"]
+    certificate = ["--certificate", str(tmp_path / "certificate.json")]
+    assert evaluate(world, f"credit={few}", *limits, *certificate) == 1
+    told = capsys.readouterr().err
+    assert "'credit': 9 test documents are too few for a certificate, at least 10" in told
+    assert "--max-tokens" in told and not (tmp_path / "certificate.json").exists()
+    assert evaluate(world, f"credit={few}", *limits) == 0  # what was found is told all the same
+    others = [f"credit={enough}", f"wealth={few}"]  # those of other scenarios are told, not certified
+    assert evaluate(world, *others, *limits, *certificate) == 0
+    assert (tmp_path / "certificate.json").exists()
 
 
 def test_the_baselines_of_the_plan_have_its_bytes(world: Path) -> None:

@@ -158,6 +158,20 @@ def test_a_manifest_that_says_too_little_is_refused(tmp_path: Path) -> None:
             open_exported(cut)
 
 
+def test_an_export_without_a_certificate_is_served_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    full, mask = case_checkpoint(tmp_path / "full", "qwen3_moe")
+    told = "scenario credit is served although it was exported without a certificate"
+    for name, certificate in (("without", {}), ("with", {"certificate": "8" * 64})):
+        caplog.clear()
+        provenance = Provenance({"scenario": "credit", "plan": "7" * 64, **certificate}, {})
+        export(full, mask, tmp_path / name, provenance, ghost_router=True)
+        assert [scenario.name for scenario in open_scenarios(tmp_path / name, ServerConfig())] == ["credit"]
+        warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert (told in warned) is not bool(certificate)
+
+
 def test_the_server_measures_logs_and_refuses_as_for_a_subset(tmp_path: Path) -> None:
     full, mask = case_checkpoint(tmp_path / "full", "qwen3_moe")
     cut, log = tmp_path / "cut", tmp_path / "drift.jsonl"

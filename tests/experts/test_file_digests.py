@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,27 @@ def test_a_file_that_was_just_changed_is_not_remembered(
     weights(read)
     ModelIdentity.of(model, DigestMemo(model))
     assert weights(read) == SHARDS
+
+
+def test_hashing_for_long_does_not_settle_a_new_file(
+    model: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its digest may be of a content that another one took the place of within the same tick."""
+    shards = [model / name for name in SHARDS]
+    for path in shards:
+        os.utime(path)
+    monkeypatch.setattr(file_digests, "SETTLED_NS", 3 * 10**8)
+    plain = file_digests._read
+
+    def slow(version: file_digests.FileVersion) -> str:
+        time.sleep(0.4)
+        return plain(version)
+
+    monkeypatch.setattr(file_digests, "_read", slow)
+    first = DigestMemo(model).digests(shards)
+    assert weights(read) == SHARDS
+    assert DigestMemo(model).digests(shards) == first and weights(read) == SHARDS  # settled meanwhile
+    assert DigestMemo(model).digests(shards) == first and weights(read) == []
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(

@@ -178,6 +178,16 @@ def test_a_file_gives_back_what_was_saved(made: Statistics, tmp_path: Path) -> N
     assert theirs.corpora == mine.corpora
 
 
+def test_what_was_read_stays_when_the_file_is_overwritten(made: Statistics, tmp_path: Path) -> None:
+    save_statistics(tmp_path / "x", made)
+    loaded = load_statistics(tmp_path / "x").of("credit").counts
+    before = loaded.clone()
+    assert before.any()
+    with (tmp_path / "x").open("r+b") as file:  # in place: a mapping would see it
+        file.write(bytes((tmp_path / "x").stat().st_size))
+    assert torch.equal(loaded, before)
+
+
 def test_statistics_of_another_model_are_refused(made: Statistics, tmp_path: Path) -> None:
     save_statistics(tmp_path / "x", made)
     other = ModelIdentity.of(tiny_checkpoint(tmp_path / "other", seed=1))

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 
 from moe_runtime.config import EngineConfig
 from moe_runtime.errors import PlanError
-from moe_runtime.experts import documents
+from moe_runtime.experts import documents, recovery_file
 from moe_runtime.experts.__main__ import main
 from moe_runtime.experts.certificate import Certificate
 from moe_runtime.experts.demo import MODEL, texts
 from moe_runtime.experts.divergence import TokenDivergences
 from moe_runtime.experts.forward import Runner
-from moe_runtime.experts.intervals import paired_change
+from moe_runtime.experts.intervals import MIN_DOCUMENTS, paired_change
 from moe_runtime.experts.plan_file import PlanFile
 from moe_runtime.experts.recovery_constants import constants
 from moe_runtime.experts.recovery_file import RecoveryFile
@@ -240,6 +240,30 @@ def test_what_was_changed_or_belongs_elsewhere_is_refused(
     refused("not finite")
 
 
+def test_what_was_read_stays_whatever_becomes_of_the_file(saved: tuple[Path, PlanFile]) -> None:
+    path, plan = saved
+    found = RecoveryFile.load(path, plan).recovery
+    before = {layer: numbers.clone() for layer, numbers in found.layers.items()}
+    assert before[0].any()
+    with path.open("r+b") as file:  # in place: a mapping would see it
+        file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(numbers, before[layer]) for layer, numbers in found.layers.items())
+    with path.open("r+b") as file:  # and reading this would end the process
+        file.truncate(0)
+    assert all(torch.equal(numbers, before[layer]) for layer, numbers in found.layers.items())
+
+
+def test_a_file_of_more_than_the_limit_is_refused(
+    saved: tuple[Path, PlanFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, plan = saved
+    monkeypatch.setattr(recovery_file, "MAX_FILE_BYTES", path.stat().st_size)
+    RecoveryFile.load(path, plan)
+    monkeypatch.setattr(recovery_file, "MAX_FILE_BYTES", path.stat().st_size - 1)
+    with pytest.raises(PlanError, match="^recovery.safetensors: larger than"):
+        RecoveryFile.load(path, plan)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -277,11 +301,11 @@ def test_a_change_is_told_by_pairs_of_the_same_documents() -> None:
     assert mixed.low < 0 < mixed.high
 
 
-def a_set(*changes: tuple[float, float]) -> dict[str, Any]:
-    """By kind, the upper ends of the change and of the mean KL."""
+def a_set(*changes: tuple[float, float], documents: int = MIN_DOCUMENTS) -> dict[str, Any]:
+    """By kind, the upper ends of the change and of the mean KL; of as many documents as are needed."""
     kinds = zip(("constants", "router"), changes, strict=False)
     return {ALONE: {}} | {
-        kind: {"change": {"high": high}, "divergence": {"kl_mean": {"high": upper}}}
+        kind: {"change": {"high": high}, "divergence": {"kl_mean": {"high": upper}, "documents": documents}}
         for kind, (high, upper) in kinds
     }
 
@@ -294,6 +318,8 @@ def a_set(*changes: tuple[float, float]) -> dict[str, Any]:
         ([a_set((0.0, 0.02), (-0.02, 0.03))], "router"),
         ([a_set((0.0, 0.02), (0.001, 0.03))], ALONE),
         ([a_set((-0.01, 0.02)), a_set((0.01, 0.02))], ALONE),
+        ([a_set((-0.01, 0.02), documents=9)], ALONE),
+        ([a_set((-0.01, 0.02)), a_set((-0.01, 0.02), documents=9)], ALONE),
         ([a_set((-0.01, 0.02), (-0.01, 0.05)), a_set((-0.01, 0.07), (-0.01, 0.06))], "router"),
     ],
 )
@@ -359,6 +385,19 @@ def test_constants_help_the_demo_and_the_certificate_holds_with_them(
     assert held.measured["kl_mean"] == variants["constants"]["divergence"]["kl_mean"]["high"]
 
 
+def test_few_documents_cannot_tell_whether_a_recovery_helps(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "constants.safetensors"
+    assert main(["recover", "--kind", "constants", "--out", str(path), *given(demo)]) == 0
+    words = [f"credit={demo / 'test/credit'}", "--recovery", str(path), "--max-tokens", "300"]
+    command = ["evaluate", *words, "--max-answers", "1", "--no-baselines"]
+    assert main([*command, *given(demo)]) in (0, 2)
+    told = capsys.readouterr().out
+    assert ": 7 documents are too few to tell, 10 are needed" in told and "no recovery is applied" in told
+    assert "changes the mean KL by -0.0" in told
+
+
 def test_what_does_not_help_is_not_applied(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -369,13 +408,29 @@ def test_what_does_not_help_is_not_applied(
     layers = {layer: 100 * rows for layer, rows in found.recovery.layers.items()}
     harmful = replace(found, recovery=Recovery("constants", layers)).save(path)
     words = [f"credit={demo / 'test/credit'}", "--recovery", str(path), "--certificate", str(certificate)]
-    command = ["evaluate", *words, "--max-tokens", "300", "--max-answers", "1", "--no-baselines", "--json"]
+    command = ["evaluate", *words, "--max-tokens", "600", "--max-answers", "1", "--no-baselines", "--json"]
     assert main([*command, *given(demo)]) in (0, 2)
     body = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert body["recovery"]["applied"] is None and not body["recovery"]["tried"][0]["helps"]
     assert body["sets"][0]["divergence"] == body["recovery"]["sets"]["credit"][ALONE]["divergence"]
     held = Certificate.load(certificate)
     assert held.applied_recovery is None and held.tried_in_vain(harmful.digest)
+
+
+def test_a_text_of_another_scenario_or_other_statistics_are_refused(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["recover", "--kind", "router", "--out", str(tmp_path / "x"), *given(demo)]
+    wealth = f"wealth={demo / 'calibration/wealth'}"
+    assert main([*words, wealth, "--text", str(demo / "tune/credit")]) == 1
+    assert "no text of the plan's scenario 'credit'; there are texts of: wealth" in capsys.readouterr().err
+    text, other = str(demo / "calibration/credit"), str(tmp_path / "other.stats.safetensors")
+    small = write_texts(tmp_path / "credit.jsonl", [say("credit", 600, 1)])
+    assert main(["profile", str(small), "--model", str(MODEL), "--out", other, *FLAGS]) == 0
+    words[words.index(str(demo / "s.stats.safetensors"))] = other
+    assert main([*words, text, "--text", str(demo / "tune/credit")]) == 1
+    assert "other.stats.safetensors: plan.json was made from other statistics" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_texts_that_a_recovery_was_made_from_are_no_test(demo: Path, tmp_path: Path) -> None:

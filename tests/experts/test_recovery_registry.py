@@ -1,6 +1,7 @@
 """A scenario's recovery.safetensors: applied when the certificate's numbers hold with it, and never else."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from moe_runtime.experts.__main__ import main
 from moe_runtime.experts.certificate import Certificate
 from moe_runtime.experts.plan_file import PlanFile
 from moe_runtime.experts.registry import Registry, Scenario
+from moe_runtime.experts.rehearsal import Rehearsal
 
 FILE = "recovery.safetensors"
 
@@ -51,6 +53,20 @@ def test_what_helps_is_applied_and_told(model: Path, kind: str) -> None:
         "applied": True, "kind": kind, "bytes": size, "digest": saved.digest,
     }  # fmt: skip
     json.dumps(found.summary())
+
+
+def test_a_rehearsal_checks_a_recovery_and_writes_none(model: Path, tmp_path: Path) -> None:
+    write_recovery(model / "scenarios", model, "credit", "constants")
+    rehearsal, scenario = Rehearsal(model), opened(model)
+    rehearsal.add(scenario)
+    outlined = rehearsal._recoveries._model
+    assert all(mixture.recovery.constants is None for _, mixture in outlined.mixtures())
+    wider = tiny_checkpoint(tmp_path / "wider", hidden_size=64)
+    other = Rehearsal(wider)
+    for _ in range(2):  # what was refused is not there
+        with pytest.raises(PlanError, match="'credit': its recovery of layer .* made for another model"):
+            other.add(scenario)
+    other.add(replace(scenario, recovery_file=None))
 
 
 def test_without_a_file_there_is_nothing_to_tell(model: Path) -> None:

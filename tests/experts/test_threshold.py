@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from drift_traffic import SCENARIOS, Traffic
-from scenario_files import some_mask
+from scenario_files import some_mask, write_recovery
 from world import tiny_checkpoint
 
 from moe_runtime.config import EngineConfig
@@ -129,6 +129,20 @@ def test_the_command_turns_logs_into_a_policy(tmp_path: Path, capsys: pytest.Cap
     assert found["detected"]["credit"]["num_prompts"] == 300
 
 
+def test_no_foreign_log_gets_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = write_log(tmp_path / "own.jsonl", Traffic("wealth", 4).own(400))
+    (tmp_path / "b").mkdir()
+    first = write_log(tmp_path / "foreign.jsonl", [0.5] * 3)
+    second = write_log(tmp_path / "b" / "foreign.log", [0.6] * 3)
+    words = ["policy", "--log", str(own), "--foreign-log", str(first), "--foreign-log"]
+    assert main([*words, str(second)]) == 1
+    told = capsys.readouterr().err
+    assert f"--foreign-log {second}: {first} is called 'foreign' as well" in told
+    empty = write_log(tmp_path / "empty.jsonl", [0.5], "credit")
+    assert main([*words, str(empty)]) == 1
+    assert f"{empty}: there is no foreign prompt to detect: none of 'wealth'" in capsys.readouterr().err
+
+
 def test_what_cannot_be_proposed_from_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = write_log(tmp_path / "own.jsonl", [0.1] * 10)
     both = write_log(tmp_path / "both.jsonl", [0.1])
@@ -178,6 +192,28 @@ def test_the_command_measures_texts_that_the_plan_has_not_seen(
     assert "are among the texts that the plan was made from" in capsys.readouterr().err
     assert main([*words, f"other={other}", *rate]) == 1
     assert "no text of the plan's scenario 'credit'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_a_recovery_that_the_certificate_applies_must_be_named(
+    tmp_path: Path, applied: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_checkpoint(tmp_path / "model")
+    seen = write_texts(tmp_path, "seen", "abcdef", 40, 1)
+    statistics, folder = str(tmp_path / "x.stats.safetensors"), tmp_path / "credit"
+    folder.mkdir()
+    words = ["--model", str(model), "--statistics", statistics]
+    profile = ["profile", "--model", str(model), "--out", statistics]
+    assert main([*profile, f"credit={seen}", *SMALL]) == 0
+    plan = str(folder / "plan.json")
+    assert main(["plan", *words, "--out", plan, "--keep", "4", *SMALL]) == 0
+    write_recovery(tmp_path, model, "credit", "router", applied=applied)
+    own = write_texts(tmp_path, "own", "abcdef", 60, 2)
+    command = ["policy", *words, "--plan", plan, f"credit={own}", "--false-alarms", "0.1", *SMALL]
+    assert main(command) == (1 if applied else 0)
+    named = ["--recovery", str(folder / "recovery.safetensors")]
+    assert (f"add {' '.join(named)}" in capsys.readouterr().err) is applied
+    assert main([*command, *named]) == 0
 
 
 def test_a_recovery_is_applied_while_the_masses_are_measured(tmp_path: Path) -> None:

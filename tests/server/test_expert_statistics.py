@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from exporting import case_checkpoint, exported
 from scenario_files import write_scenario
 from world import tiny_checkpoint
 
@@ -123,7 +124,7 @@ def test_the_experts_that_all_texts_chose_most_stay_on_the_gpu(
         found = on_device(start(*flags))
     assert found == hottest(model, ["credit", "wealth"]) != on_device(start())
     tokens = sum(found.num_tokens for found in load_statistics(statistics(model)).scenarios.values())
-    choices = f"{tokens * 2 * 2} choices in texts of all its scenarios"
+    choices = f"{tokens * 2 * 2} choices in texts of credit, wealth"
     assert f"experts are ranked by tiny.stats.safetensors: {choices}" in caplog.messages
 
 
@@ -158,6 +159,18 @@ def test_what_cannot_be_used_ends_the_start(
     assert main([*flags, *words]) == 2
     told = capsys.readouterr().err
     assert told.startswith("moe-serve: --expert-statistics") and message in told
+
+
+def test_an_export_with_its_full_router_numbers_its_experts_otherwise(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full, mask = case_checkpoint(tmp_path / "full", "qwen3_moe")
+    exported(full, mask, tmp_path / "cut", ghost_router=True)
+    capsys.readouterr()
+    flags = ("--model", str(tmp_path / "cut"), "--port", "0", "--device", "auto")
+    assert main([*flags, "--expert-statistics", str(statistics(model))]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("moe-serve: --expert-statistics") and "an export with its full router" in told
 
 
 def test_where_nothing_is_divided_the_log_says_so(model: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """Recoveries over HTTP: applied from the start and to who comes later, told in /v1/models."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from world import tiny_checkpoint
 from moe_runtime.async_engine import AsyncEngine
 from moe_runtime.config import EngineConfig
 from moe_runtime.engine import Engine
+from moe_runtime.errors import ConfigError
 from moe_runtime.experts.plan_file import PlanFile
 from moe_runtime.experts.recovery_file import RecoveryFile
 from moe_runtime.sampling_params import SamplingParams
+from moe_runtime.server.__main__ import main
 from moe_runtime.server.scenarios import open_scenarios
 from moe_runtime.server.service import build_service
 from moe_runtime.server.settings import ServerConfig
@@ -79,6 +82,23 @@ def test_every_scenario_answers_with_its_own_recovery(server: Running, model: Pa
     answers = {name: said(server, name) for name in KINDS}
     assert answers == {name: alone(model, name) for name in KINDS}
     assert len({*answers.values()}) == 3
+
+
+def test_a_start_prepares_the_engine_once_its_scenarios_are_there(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Recoveries make the graphs of a GPU stale, which would be captured again while requests wait."""
+    seen: list[list[str]] = []
+
+    def prepare(engine: Engine) -> None:
+        seen.append(sorted(engine.masks.scenarios))
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(Engine, "prepare", prepare)
+    status = main(["--model", str(model), "--port", "0", "--num-blocks", "8", "--no-packed-file"])
+    gc.enable()  # a start that fails leaves it off, as its process ends
+    assert status == 2 and "far enough" in capsys.readouterr().err
+    assert seen == [sorted(KINDS)]
 
 
 def test_the_list_of_models_says_which_recovery_is_on(server: Running) -> None:

@@ -190,6 +190,25 @@ def test_a_subset_server_reads_the_experts_of_who_comes_and_gives_up_those_of_wh
         assert resident(server) == 6
 
 
+@pytest.mark.cpu_only("elsewhere experts do not come and go")
+def test_experts_of_who_cannot_be_added_are_given_up_whatever_the_reason(
+    model: Path, token: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_scenario(model / "scenarios", model, "wealth", some_mask(model, 3, 1))
+    with served(model, token, scenarios="credit") as server:
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("a bug")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(server.engine.engine.masks, "add", fail)
+            assert admin(server, "POST", "wealth").status_code == 500
+        mixtures = list(server.engine.engine.model.mixtures())
+        assert sum(mixture.placed.count("device") for _, mixture in mixtures) == 6  # the gauge may be stale
+        assert ask(server, "wealth").status_code == 404
+        assert admin(server, "POST", "wealth").status_code == 200 and resident(server) > 6
+
+
 def command(server: Running, token: Path, *words: str) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
