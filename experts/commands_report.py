@@ -59,7 +59,7 @@ def _drawn(body: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
         # Here, because matplotlib is an extra that no other command needs.
         from moe_runtime.experts.report_pictures import pictures
     except ModuleNotFoundError as error:
-        raise ConfigError("a report needs matplotlib: pip install 'moe-runtime[report]'") from error
+        raise ConfigError("a report needs matplotlib: pip install matplotlib") from error
     return pictures(body)
 
 

@@ -126,6 +126,10 @@ def _serve(
     if engine_config.packed_file or engine_config.packed_dir is not None:
         memo = DigestMemo(model_dir, engine_config.packed_dir, verify=config.verify_weights)
     scenarios = open_scenarios(model_dir, config, memo)
+    if config.admin_token_file is not None:  # what is wrong with it is told before the weights are read
+        from moe_runtime.server.service import read_admin_token
+
+        read_admin_token(config.admin_token_file)
     engine = Engine.load(
         model_dir,
         engine_config,

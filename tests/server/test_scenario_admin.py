@@ -1,6 +1,7 @@
 """Scenarios that come and go while the server runs."""
 
 import argparse
+import gc
 import json
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from moe_runtime.errors import ConfigError, PlanError
 from moe_runtime.experts.commands_scenarios import add_arguments, run
 from moe_runtime.experts.registry import placement_of
 from moe_runtime.output import TokenEvent
+from moe_runtime.server.__main__ import USAGE_ERROR, main
 from moe_runtime.server.scenarios import open_scenarios
 from moe_runtime.server.service import build_service, read_admin_token
 from moe_runtime.server.settings import ServerConfig
@@ -231,3 +233,15 @@ def test_the_command_does_the_same(
         command(server, token, "drop", "wealth")
     with pytest.raises(ConfigError, match="need the name"):
         command(server, token, "add")
+
+
+def test_a_token_that_others_can_read_ends_the_start_before_the_weights_are_read(
+    model: Path, token: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token.chmod(0o644)
+    monkeypatch.setattr(Engine, "load", lambda *_, **__: pytest.fail("the weights are read"))
+    try:
+        assert main(["--model", str(model), "--port", "0", "--admin-token-file", str(token)]) == USAGE_ERROR
+    finally:
+        gc.enable()  # a start leaves it off until the model is there
+    assert "--admin-token-file" in capsys.readouterr().err
