@@ -9,11 +9,12 @@ q = Phi^-1(1 - p) of the normal distribution lie m higher, so that a prompt's ev
 ratio
 
     z = log(1 - e + e * exp(m * q - m^2 / 2))        (its mean is below 0 in the scenario's own traffic)
-    S = max(0, S + z),  alarm when S > log(N)
+    S = max(0, S + z),  alarm when S > h
 
-An exact likelihood ratio then has one false alarm in N prompts at the most (Lorden, "Procedures for reacting
-to a change in distribution", 1971): N is a day's requests for less than one a day. The reference is finite,
-so tests/experts/test_drift.py counts them in simulated days.
+h is such that in the scenario's own traffic the mean time between alarms is SAFETY times N, a day's requests,
+by the Markov chain of S (Brook and Evans, "An approach to the probability distribution of CUSUM run length",
+1972). The chain knows p to be uniform, and a finite reference makes it so on the average only: hence SAFETY,
+and tests/experts/test_drift.py counts false alarms in simulated days.
 """
 
 from __future__ import annotations
@@ -23,14 +24,19 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
+
+import numpy as np
 
 from moe_runtime.errors import PlanError
 
 SHARE = 0.1  # e, the foreign traffic to be found
 SHIFT = 1.75  # m; on the demo foreign prompts lie 1.5 to 2.5 higher, and the choice matters little
 REQUESTS_PER_DAY = 100_000  # N
+SAFETY = 10  # days between false alarms if p were uniform
+CHAIN_STATES = 300
 MIN_REFERENCE = 500  # 2000 find more and are safer: below, hardly a prompt is rare enough to be noticed
 MAX_LINE_BYTES = 1 << 16
 
@@ -72,14 +78,12 @@ class Detector:
         if not 0 < share < 1:
             raise PlanError(f"a share of foreign traffic is between 0 and 1, not {share}")
         self._sorted = sorted(reference)
-        self.limit = math.log(requests_per_day)
+        self._scores = _scores(len(reference), share)
+        self.limit = _limit(len(reference), share, SAFETY * requests_per_day)
         self.evidence = 0.0
         self.largest = 0.0
         self._num_seen = 0
         self._since = 0
-        # By the number of reference prompts that are at least as large.
-        ranks = [(1 + count) / (len(reference) + 1) for count in range(len(reference) + 1)]
-        self._scores = [math.log(1 - share + share * _foreign_density(p)) for p in ranks]
 
     def add(self, observation: Observation) -> Alarm | None:
         """The alarm that it raises, if any."""
@@ -166,6 +170,36 @@ def read_log(path: Path, scenario: str | None = None) -> Iterator[Observation]:
                     yield found
     except OSError as error:
         raise PlanError(f"{path}: {error.strerror}") from error
+
+
+@lru_cache(maxsize=64)
+def _scores(num_reference: int, share: float) -> tuple[float, ...]:
+    """z, by the number of reference prompts that are at least as large."""
+    ranks = [(1 + count) / (num_reference + 1) for count in range(num_reference + 1)]
+    return tuple(math.log(1 - share + share * _foreign_density(p)) for p in ranks)
+
+
+@lru_cache(maxsize=64)
+def _limit(num_reference: int, share: float, requests: int) -> float:
+    """h with a mean of ``requests`` requests between alarms; the likelihood ratio's log(requests) is more
+    than enough (Lorden, "Procedures for reacting to a change in distribution", 1971).
+    """
+    scores = _scores(num_reference, share)
+    low, high = 0.0, math.log(requests)
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (middle, high) if run_length(scores, middle) < requests else (low, middle)
+    return high
+
+
+def run_length(scores: Sequence[float], limit: float) -> float:
+    """Mean number of requests until S passes ``limit``, from 0, where every score is equally likely."""
+    width = limit / (CHAIN_STATES - 0.5)  # state 0 is S = 0, state n the interval of this width around n
+    states = np.arange(CHAIN_STATES) * width
+    ordered = np.sort(np.asarray(scores))
+    reached = np.searchsorted(ordered, states[None, :] + width / 2 - states[:, None], side="right")
+    moves = np.diff(reached / len(ordered), axis=1, prepend=0.0)
+    return float(np.linalg.solve(np.eye(CHAIN_STATES) - moves, np.ones(CHAIN_STATES))[0])
 
 
 def _foreign_density(p: float) -> float:

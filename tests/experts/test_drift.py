@@ -2,16 +2,18 @@
 
 import argparse
 import json
+import math
+import random
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 
 import pytest
 from drift_traffic import SCENARIOS, Traffic
 
 from moe_runtime.errors import PlanError
 from moe_runtime.experts.commands_drift import DRIFT_FOUND, add_arguments, run
-from moe_runtime.experts.drift import REQUESTS_PER_DAY, Detector, Observation, examine, read_log
+from moe_runtime.experts.drift import REQUESTS_PER_DAY, Detector, Observation, examine, read_log, run_length
 
 REFERENCE = 2000
 
@@ -40,7 +42,21 @@ def test_a_tenth_of_foreign_traffic_is_found_within_500_requests(scenario: str) 
         found = alarms(Detector(traffic.own(REFERENCE)), traffic.mixed(500, 0.1))
         delays.append(found[0] if found else 10_000)
     within = sum(delay <= 500 for delay in delays)
-    assert within >= 54 and median(delays) < 300, (within, median(delays))
+    assert within >= 58 and median(delays) < 200, (within, median(delays))
+
+
+def test_the_time_between_alarms_is_that_of_the_chain() -> None:
+    """Of a walk of 500 equally likely scores, simulated, to within 5 standard errors."""
+    limit, draw = 3.0, random.Random(1)
+    scores = [draw.gauss(-0.2, 0.7) for _ in range(500)]
+    lengths = []
+    for _ in range(4000):
+        evidence, steps = 0.0, 0
+        while evidence <= limit:
+            evidence, steps = max(0.0, evidence + draw.choice(scores)), steps + 1
+        lengths.append(steps)
+    error = stdev(lengths) / math.sqrt(len(lengths))
+    assert run_length(scores, limit) == pytest.approx(mean(lengths), abs=5 * error)
 
 
 def test_an_alarm_says_when_it_began_and_the_next_one_starts_from_nothing() -> None:
