@@ -25,12 +25,11 @@ from moe_runtime.experts.evaluation import (
 from moe_runtime.experts.evaluation_sets import Amounts, SetsOfTexts
 from moe_runtime.experts.intervals import MIN_DOCUMENTS
 from moe_runtime.experts.model_identity import ModelIdentity
-from moe_runtime.experts.options import add_engine_arguments, engine_config
+from moe_runtime.experts.options import add_engine_arguments, engine_config, read_planned
 from moe_runtime.experts.plan_file import PlanFile
 from moe_runtime.experts.recovery_file import RecoveryFile
 from moe_runtime.experts.recovery_trial import read_recoveries
 from moe_runtime.experts.statistics import Statistics
-from moe_runtime.experts.statistics_file import load_statistics
 from moe_runtime.placement import readable_bytes
 
 KIND = "evaluation"
@@ -126,13 +125,7 @@ def _inputs(arguments: argparse.Namespace) -> tuple[PlanFile, Statistics, ModelI
     for name in ("max_kl", "max_kl_p99", "max_answers", "answer_tokens"):
         if not getattr(arguments, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be above 0")
-    identity = ModelIdentity.of(arguments.model)
-    plan = PlanFile.load(arguments.plan)
-    identity.check(plan.model, arguments.plan.name)
-    statistics = load_statistics(arguments.statistics, identity)
-    if statistics.digest != plan.statistics:
-        raise PlanError(f"{arguments.statistics.name}: {arguments.plan.name} was made from other statistics")
-    return plan, statistics, identity
+    return read_planned(arguments)
 
 
 def _measure(

@@ -17,14 +17,12 @@ from moe_runtime.experts.corpus import Corpus, read_corpora
 from moe_runtime.experts.corpus_text import Renderer
 from moe_runtime.experts.drift import read_log
 from moe_runtime.experts.evaluation import planning_fingerprints, require_apart
-from moe_runtime.experts.model_identity import ModelIdentity
-from moe_runtime.experts.options import add_engine_arguments, engine_config
+from moe_runtime.experts.options import add_engine_arguments, engine_config, read_planned
 from moe_runtime.experts.plan_file import PlanFile
 from moe_runtime.experts.progress import Progress
 from moe_runtime.experts.prompt_masses import prompt_masses
 from moe_runtime.experts.recovery_file import RecoveryFile
 from moe_runtime.experts.registry import CERTIFICATE, RECOVERY
-from moe_runtime.experts.statistics_file import load_statistics
 from moe_runtime.experts.threshold import CONFIDENCE, RATE, Detected, Threshold, detect, propose
 from moe_runtime.experts.whole_file import replacing
 from moe_runtime.recovery import Recovery
@@ -168,12 +166,7 @@ def _of_foreign_logs(paths: Sequence[Path], scenario: str) -> dict[str, list[flo
 
 
 def _of_texts(arguments: argparse.Namespace) -> Masses:
-    identity = ModelIdentity.of(arguments.model)
-    plan = PlanFile.load(arguments.plan)
-    identity.check(plan.model, arguments.plan.name)
-    statistics = load_statistics(arguments.statistics, identity)
-    if statistics.digest != plan.statistics:
-        raise PlanError(f"{arguments.statistics.name}: {arguments.plan.name} was made from other statistics")
+    plan, statistics, _ = read_planned(arguments)
     if arguments.recovery is None:
         _require_plan_alone(arguments.plan, plan)
     corpora = read_corpora(arguments.texts, Renderer.load(arguments.model))

@@ -16,14 +16,13 @@ from moe_runtime.experts.evaluation import require_apart
 from moe_runtime.experts.fingerprints import Hashes, fingerprints, union
 from moe_runtime.experts.forward import Runner
 from moe_runtime.experts.model_identity import ModelIdentity
-from moe_runtime.experts.options import add_engine_arguments, engine_config
+from moe_runtime.experts.options import add_engine_arguments, engine_config, read_planned
 from moe_runtime.experts.plan_file import PlanFile
 from moe_runtime.experts.progress import Progress
 from moe_runtime.experts.recovery_constants import constants
 from moe_runtime.experts.recovery_file import RecoveryFile
 from moe_runtime.experts.recovery_search import Found, fit, num_trials, search
 from moe_runtime.experts.statistics import Statistics
-from moe_runtime.experts.statistics_file import load_statistics
 from moe_runtime.placement import readable_bytes
 
 REFUSED = 3  # exit status, as of `plan`: nothing was found that helps
@@ -73,14 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0 when the file is written, REFUSED when nothing was found that helps."""
     _check(arguments)
-    identity = ModelIdentity.of(arguments.model)
-    plan = PlanFile.load(arguments.plan)
-    identity.check(plan.model, arguments.plan.name)
+    plan, statistics, identity = read_planned(arguments)
     if plan.mask.num_kept == sum(plan.mask.num_experts.values()):
         raise PlanError(f"{arguments.plan.name} keeps all experts: there is nothing to make up for")
-    statistics = load_statistics(arguments.statistics, identity)
-    if statistics.digest != plan.statistics:
-        raise PlanError(f"{arguments.statistics.name}: {arguments.plan.name} was made from other statistics")
     made = _constants(statistics, plan, identity) if arguments.kind == "constants" else None
     if made is None:
         found, known = _router(arguments, plan)
